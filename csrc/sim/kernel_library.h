@@ -1,0 +1,89 @@
+// What a compiled kernel library of the stand-in exports, and what an engine gives to the kernels it runs.
+//
+// One library (.so) holds every kernel for one engine and one processor level; it is what a metallib is to Metal.
+// Translated kernels (csrc/sim/msl) are compiled against this header on one side, the engines on the other.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace metal_sim {
+
+constexpr uint32_t KERNEL_LIBRARY_ABI = 1;
+constexpr uint32_t MAX_BUFFERS = 31;              // Metal's limit of buffer indices
+constexpr uint32_t MAX_THREADGROUP_ARGUMENTS = 31;
+
+struct Size3 {
+  uint32_t x, y, z;
+};
+
+/// Everything a kernel can ask through an attribute ([[thread_position_in_grid]], ...).
+struct ThreadContext {
+  Size3 threadgroups_per_grid;
+  Size3 threads_per_threadgroup;
+  Size3 threadgroup_position_in_grid;
+  Size3 thread_position_in_threadgroup;
+  uint32_t thread_index_in_threadgroup;
+  uint32_t thread_index_in_simdgroup;
+  uint32_t simdgroup_index_in_threadgroup;
+  uint32_t simdgroups_per_threadgroup;
+};
+
+/// Bound memory by index: `buffers[i]` already includes the offset it was bound with.
+struct KernelArguments {
+  void* buffers[MAX_BUFFERS];
+  void* threadgroup[MAX_THREADGROUP_ARGUMENTS];
+};
+
+enum class ArgumentKind : uint32_t { Buffer, Threadgroup };
+
+struct KernelArgument {
+  ArgumentKind kind;
+  uint32_t index;
+  uint32_t alignment; // of the pointed-to type: a buffer bound at a smaller alignment is an API error
+  bool writable;
+  const char* name;
+};
+
+struct Kernel {
+  const char* name;
+  void (*entry)(const KernelArguments&, const ThreadContext&); // runs one thread
+  const KernelArgument* arguments;
+  uint32_t argument_count;
+  uint32_t max_total_threads_per_threadgroup; // from the attribute, else 1024
+};
+
+/// Which simdgroup operation the threads of a simdgroup meet in; part of the check that all run the same one.
+enum class Rendezvous : uint32_t { ThreadgroupBarrier, SimdgroupBarrier, Exchange };
+
+/// Services of the `exact` engine, installed before the first launch. `native` kernels need none: null.
+struct ExactServices {
+  /// Blocks until every live thread of the threadgroup has arrived.
+  void (*threadgroup_barrier)();
+  /// Blocks until every live thread of the simdgroup has arrived.
+  void (*simdgroup_barrier)();
+  /// Publishes `bytes` (<= 1024) of this thread, blocks until every live thread of the simdgroup has published, and
+  /// returns a table of SIMD_WIDTH pointers to what each published (null for threads that have returned). The table
+  /// stays valid until this thread's second next exchange. `operation` names the function, for the error message where
+  /// threads of one simdgroup meet in different ones.
+  const void* const* (*exchange)(const char* operation, const void* value, size_t bytes);
+  /// This thread's lane.
+  uint32_t (*lane)();
+  /// A kernel read or wrote `bytes` at `address` (called by the compiler's memory instrumentation).
+  void (*access)(const void* address, size_t bytes, bool write);
+};
+
+struct KernelLibrary {
+  uint32_t abi;
+  const char* engine;     // "exact", "native"
+  const char* level;      // "x86-64-v3", "arm64", ...
+  uint32_t simd_width;
+  const Kernel* const* kernels;
+  uint32_t kernel_count;
+  const ExactServices** services; // where the exact engine stores its services; null in `native`
+};
+
+} // namespace metal_sim
+
+/// The one exported symbol.
+extern "C" const metal_sim::KernelLibrary* metal_sim_kernel_library();

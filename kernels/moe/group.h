@@ -1,0 +1,45 @@
+// Arguments of `group` and `pad_groups`: expert ids of every (token, slot) -> rows sorted by expert, and row tiles.
+#pragma once
+#include "../tiles/simd.h"
+
+/// Position or row that stands for "none": a dropped assignment, a padded place, an unused row.
+constexpr uint GROUP_NONE = 0xFFFFFFFFu;
+constexpr uint GROUP_MAX_ASSIGNMENTS = 1u << 22;
+constexpr uint GROUP_MAX_EXPERTS = 1024; // routed and shared together
+
+/// Threads of the one threadgroup of `group`, in simdgroups, and its counters in threadgroup memory: each simdgroup
+/// that takes part has one counter per expert, so fewer take part where there are many experts.
+constexpr uint GROUP_SIMDGROUPS = 16;
+constexpr uint GROUP_COUNTERS = 7168; // 28 KiB of the 32 KiB that every Apple GPU has
+
+/// At most `rows` (<= row tile) consecutive sorted rows of one expert. An unused tile has rows == 0.
+struct RowTile {
+  uint expert;    // 0..E-1 routed, E..E+shared-1 shared
+  uint first_row; // place in sorted order
+  uint rows;
+  uint reserved;
+};
+
+// `group` buffers: 0 ids, 1 offsets out [E + shared + 1], 2 sorted_rows out [S], 3 inverse out [S], 4 tiles out [max_tiles],
+// 5 GroupArgs; threadgroup 0: GROUP_COUNTERS * 4 bytes.
+// S = tokens * (top_k + shared). Assignment a = token * (top_k + shared) + slot; slots >= top_k belong to the shared
+// experts E, E + 1, ... and are not in ids. sorted_rows[p] = a: stable, by expert; places from offsets[E + shared] on
+// are GROUP_NONE. inverse[a] = p, or GROUP_NONE where the id was outside 0..E-1.
+struct GroupArgs {
+  uint tokens;
+  uint top_k;
+  uint experts;         // E
+  uint shared;          // shared experts: every token is assigned to each of them
+  uint ids_token_stride; // elements of the id type
+  uint ids_slot_stride;
+  uint id_words;        // 32-bit words of an id: 1 int32, 2 int64
+  uint row_tile;
+  uint max_tiles;       // elements of the tile table: at least ceil(S / row_tile) + min(E + shared, S)
+};
+
+// `pad_groups` buffers: 0 offsets, 1 sorted_rows, 2 padded out [E, capacity] int32 (assignment, or -1), 3 PadArgs.
+// One thread per element. Assignments beyond the capacity of an expert are left out.
+struct PadArgs {
+  uint experts;
+  uint capacity;
+};

@@ -1,0 +1,19 @@
+// How many threads a simdgroup has, and what follows from it. Read by kernels and by the host code that encodes them.
+#pragma once
+
+#ifdef __METAL_VERSION__
+#include <metal_stdlib>
+using namespace metal;
+// Apple GPUs run simdgroups of 32 threads. An engine whose simdgroup is something else defines SIMD_WIDTH before
+// this line; kernels never write the number.
+#ifndef SIMD_WIDTH
+#define SIMD_WIDTH 32
+#endif
+#else
+#include <cstdint>
+using uint = uint32_t;
+#endif
+
+/// Simdgroups of a threadgroup, where `wanted` is the number on a GPU. With one-thread simdgroups a threadgroup is one
+/// thread: more of them would only divide work that the compiler vectorises.
+constexpr uint simdgroups(uint wanted, uint simd_width) { return simd_width == 1 ? 1 : wanted; }
