@@ -1,0 +1,94 @@
+# Two commands: `make demo` shows a layer run, `make test` runs every test. Each sets up what it needs (system packages
+# where it may, a virtual environment in .venv, the build in build/dev) and does again only what has changed.
+#
+#   make demo | test | bench | lint | format | build | clean
+#
+# PYTHON chooses the interpreter, JOBS the number of compilers at a time, PYTEST_ARGS what pytest is given,
+# METAL_MOE_KERNEL_COMPILER (environment) the compiler of the kernels.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test test-cpp test-python bench lint format build clean
+
+# The first interpreter that the package supports.
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.{13,12,11,14,10}; do "$$p" -c \
+  'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo "$$p" && break; done)
+endif
+JOBS ?= $(shell nproc)
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := build/dev
+SYSTEM := build/system.env
+TOOLS := $(VENV)/.tools
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+SOURCES := CMakeLists.txt pyproject.toml constraints.txt README.md LICENSE \
+  $(shell find kernels csrc cmake python -type f -not -name '*.pyc')
+
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+# The virtual environment's cmake and ninja, for pip's build and for our own calls alike.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+demo: $(INSTALLED)
+	$(BIN)/metal-moe demo
+
+test: test-cpp test-python
+
+test-cpp: $(INSTALLED)
+	@. $(SYSTEM); [ $$TESTS = ON ] || { echo "make test: the C++ tests need GoogleTest (Debian and Ubuntu: libgtest-dev);" \
+	  "install it and remove $(SYSTEM), or run make test-python"; exit 1; }
+	cmake --build $(BUILD) --target cpp_tests
+	ctest --test-dir $(BUILD) -LE bench --output-on-failure
+
+test-python: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(INSTALLED)
+	@. $(SYSTEM); [ $$BENCH = ON ] || { echo "make bench: the C++ benchmarks need Google Benchmark (Debian and Ubuntu:" \
+	  "libbenchmark-dev); install it and remove $(SYSTEM)"; exit 1; }
+	cmake --build $(BUILD) --target benchmarks
+	ctest --test-dir $(BUILD) -L bench --verbose
+	for script in bench/*.py; do $(BIN)/python "$$script"; done
+
+FORMATTED = $(shell git ls-files 'kernels/*.h' 'kernels/*.metal' 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'tests/*.cpp' 'bench/*.cpp')
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+build: $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) build
+
+$(SYSTEM): tools/system_packages.sh
+	@[ -n "$(PYTHON)" ] || { echo "make: no Python from 3.10 to 3.14 found; name one with PYTHON=..."; exit 1; }
+	@tools/system_packages.sh "$(PYTHON)" build
+	@touch $@
+
+# What builds the package, by name: without build isolation, so that a second build finds the first one's files.
+$(TOOLS): $(SYSTEM) constraints.txt
+	@echo "make: setting up $(VENV)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt 'scikit-build-core>=0.11' 'pybind11>=2.13.6' 'cmake>=3.24' ninja
+	@touch $@
+
+# The package as a user gets it, with all it depends on; CMake's files stay in $(BUILD) and serve the C++ tests too.
+$(INSTALLED): $(TOOLS) $(SOURCES)
+	@echo "make: building and installing metal_moe (minutes the first time, seconds after that)"
+	@. $(SYSTEM); $(PIP) install --no-build-isolation -c constraints.txt \
+	  --config-settings=build-dir=$(BUILD) \
+	  --config-settings=cmake.define.METAL_MOE_BUILD_TESTS=$$TESTS \
+	  --config-settings=cmake.define.METAL_MOE_BUILD_BENCH=$$BENCH \
+	  --config-settings=cmake.define.CMAKE_PREFIX_PATH="$$PREFIX" \
+	  '.[dev]'
+	@touch $@
