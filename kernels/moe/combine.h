@@ -1,10 +1,10 @@
 // Arguments of `combine`: weighted sum of the rows of each token's experts, in slot order.
 #pragma once
-#include "../tiles/simd.h"
+#include "../tiles/scalar.h"
 
-constexpr uint COMBINE_SIMDGROUPS = 8;
+SHARED_CONSTANT uint COMBINE_SIMDGROUPS = 8;
 /// Output columns of one thread.
-constexpr uint COMBINE_COLUMNS = 4;
+SHARED_CONSTANT uint COMBINE_COLUMNS = 4;
 
 // Buffers: 0 rows fp32 [S, hidden] in sorted order, 1 inverse [S], 2 topk_weights, 3 shared_weights (any buffer where
 // has_shared_weights is 0: they are 1), 4 out [T, hidden], 5 CombineArgs. Grid: (column blocks, tokens).

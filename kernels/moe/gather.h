@@ -2,9 +2,9 @@
 #pragma once
 #include "../tiles/simd.h"
 
-constexpr uint GATHER_SIMDGROUPS = 8;
+SHARED_CONSTANT uint GATHER_SIMDGROUPS = 8;
 /// Bytes that one threadgroup copies.
-constexpr uint GATHER_BLOCK_BYTES = 1u << 16;
+SHARED_CONSTANT uint GATHER_BLOCK_BYTES = 1u << 16;
 
 // Buffers: 0 weights [E, bytes_per_expert], 1 ids, 2 out [count, bytes_per_expert], 3 GatherArgs.
 // Grid: (ceil(bytes_per_expert / GATHER_BLOCK_BYTES), count). An id outside 0..E-1 gives zeros.

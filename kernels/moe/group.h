@@ -3,14 +3,14 @@
 #include "../tiles/simd.h"
 
 /// Position or row that stands for "none": a dropped assignment, a padded place, an unused row.
-constexpr uint GROUP_NONE = 0xFFFFFFFFu;
-constexpr uint GROUP_MAX_ASSIGNMENTS = 1u << 22;
-constexpr uint GROUP_MAX_EXPERTS = 1024; // routed and shared together
+SHARED_CONSTANT uint GROUP_NONE = 0xFFFFFFFFu;
+SHARED_CONSTANT uint GROUP_MAX_ASSIGNMENTS = 1u << 22;
+SHARED_CONSTANT uint GROUP_MAX_EXPERTS = 1024; // routed and shared together
 
 /// Threads of the one threadgroup of `group`, in simdgroups, and its counters in threadgroup memory: each simdgroup
 /// that takes part has one counter per expert, so fewer take part where there are many experts.
-constexpr uint GROUP_SIMDGROUPS = 16;
-constexpr uint GROUP_COUNTERS = 7168; // 28 KiB of the 32 KiB that every Apple GPU has
+SHARED_CONSTANT uint GROUP_SIMDGROUPS = 16;
+SHARED_CONSTANT uint GROUP_COUNTERS = 7168; // 28 KiB of the 32 KiB that every Apple GPU has
 
 /// At most `rows` (<= row tile) consecutive sorted rows of one expert. An unused tile has rows == 0.
 struct RowTile {

@@ -1,10 +1,10 @@
 // Arguments of `route`: router logits -> the ids and weights of each token's experts.
 #pragma once
-#include "../tiles/simd.h"
+#include "../tiles/scalar.h"
 
 /// Largest number of experts and of experts per token that `route` accepts.
-constexpr uint ROUTE_MAX_EXPERTS = 1024;
-constexpr uint ROUTE_MAX_TOP_K = 16;
+SHARED_CONSTANT uint ROUTE_MAX_EXPERTS = 1024;
+SHARED_CONSTANT uint ROUTE_MAX_TOP_K = 16;
 
 /// How a logit becomes a score. TOPK_SOFTMAX chooses by logit and then takes the softmax of the chosen ones only.
 enum RouteScoring : uint { ROUTE_SOFTMAX = 0, ROUTE_SIGMOID = 1, ROUTE_SQRT_SOFTPLUS = 2, ROUTE_TOPK_SOFTMAX = 3 };
@@ -12,12 +12,9 @@ enum RouteScoring : uint { ROUTE_SOFTMAX = 0, ROUTE_SIGMOID = 1, ROUTE_SQRT_SOFT
 /// How a group of experts is scored where only `topk_groups` of `groups` may be chosen from.
 enum RouteGroupScore : uint { ROUTE_GROUP_MAX = 0, ROUTE_GROUP_TOP2_SUM = 1 };
 
-/// Element type of a buffer that is read through `load_scalar`.
-enum ScalarType : uint { SCALAR_FP32 = 0, SCALAR_FP16 = 1, SCALAR_BF16 = 2 };
-
 // Buffers: 0 logits, 1 correction bias (any buffer where has_bias is 0), 2 weights out fp32 [T, top_k],
 // 3 ids out int32 [T, top_k], 4 RouteArgs. One simdgroup per token, ROUTE_SIMDGROUPS tokens per threadgroup.
-constexpr uint ROUTE_SIMDGROUPS = 4;
+SHARED_CONSTANT uint ROUTE_SIMDGROUPS = 4;
 
 struct RouteArgs {
   uint tokens;               // T

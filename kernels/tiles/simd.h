@@ -9,9 +9,12 @@ using namespace metal;
 #ifndef SIMD_WIDTH
 #define SIMD_WIDTH 32
 #endif
+// A constant that kernels and host code both read: Metal wants those of program scope in the constant address space.
+#define SHARED_CONSTANT constexpr constant
 #else
 #include <cstdint>
 using uint = uint32_t;
+#define SHARED_CONSTANT constexpr
 #endif
 
 /// Simdgroups of a threadgroup, where `wanted` is the number on a GPU. With one-thread simdgroups a threadgroup is one
