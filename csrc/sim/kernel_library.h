@@ -53,24 +53,29 @@ struct Kernel {
   uint32_t max_total_threads_per_threadgroup; // from the attribute, else 1024
 };
 
-/// Which simdgroup operation the threads of a simdgroup meet in; part of the check that all run the same one.
-enum class Rendezvous : uint32_t { ThreadgroupBarrier, SimdgroupBarrier, Exchange };
+/// Which memory a barrier orders: the bits of MSL's mem_flags.
+enum MemoryFlags : uint32_t { MEMORY_NONE = 0, MEMORY_DEVICE = 1, MEMORY_THREADGROUP = 2 };
+
+enum class Access : uint32_t { Read, Write, Atomic };
 
 /// Services of the `exact` engine, installed before the first launch. `native` kernels need none: null.
 struct ExactServices {
-  /// Blocks until every live thread of the threadgroup has arrived.
-  void (*threadgroup_barrier)();
-  /// Blocks until every live thread of the simdgroup has arrived.
-  void (*simdgroup_barrier)();
+  /// Blocks until every thread of the threadgroup has arrived. A thread that has returned or waits elsewhere while
+  /// others wait here is an error (Metal leaves it undefined). `memory`: MemoryFlags; accesses to memory that the
+  /// flags leave out stay unordered.
+  void (*threadgroup_barrier)(uint32_t memory);
+  /// The same for the threads of the simdgroup.
+  void (*simdgroup_barrier)(uint32_t memory);
   /// Publishes `bytes` (<= 1024) of this thread, blocks until every live thread of the simdgroup has published, and
   /// returns a table of SIMD_WIDTH pointers to what each published (null for threads that have returned). The table
   /// stays valid until this thread's second next exchange. `operation` names the function, for the error message where
-  /// threads of one simdgroup meet in different ones.
+  /// threads of one simdgroup meet in different ones. Orders no memory.
   const void* const* (*exchange)(const char* operation, const void* value, size_t bytes);
   /// This thread's lane.
   uint32_t (*lane)();
-  /// A kernel read or wrote `bytes` at `address` (called by the compiler's memory instrumentation).
-  void (*access)(const void* address, size_t bytes, bool write);
+  /// A kernel is about to read or write `bytes` at `address` (called by the compiler's memory instrumentation). Does
+  /// not return where that is an error.
+  void (*access)(const void* address, size_t bytes, Access access);
 };
 
 struct KernelLibrary {

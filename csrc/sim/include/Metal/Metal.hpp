@@ -1,0 +1,224 @@
+// The part of metal-cpp's Metal that the core uses, for machines without Metal.
+//
+// Names, signatures and ownership are metal-cpp's (see Foundation.hpp). Differences, all of them where Apple's headers
+// need blocks: a deallocator is a std::function, and completion handlers have the std::function form only (pass an
+// MTL::HandlerFunction: with a bare lambda Apple's overloads are ambiguous).
+//
+// What Metal's API validation would abort on throws std::logic_error from the offending call.
+#pragma once
+
+#include "Foundation/Foundation.hpp"
+
+#include <functional>
+
+using CFTimeInterval = double;
+
+namespace MTL {
+
+class Buffer;
+class CommandBuffer;
+class CommandQueue;
+class ComputeCommandEncoder;
+class ComputePipelineState;
+class Device;
+class Function;
+class Library;
+
+struct Size {
+  Size() = default;
+  Size(NS::UInteger width, NS::UInteger height, NS::UInteger depth) : width(width), height(height), depth(depth) {}
+  static Size Make(NS::UInteger width, NS::UInteger height, NS::UInteger depth) { return {width, height, depth}; }
+
+  NS::UInteger width;
+  NS::UInteger height;
+  NS::UInteger depth;
+};
+
+enum StorageMode : NS::UInteger {
+  StorageModeShared = 0,
+  StorageModeManaged = 1,
+  StorageModePrivate = 2,
+  StorageModeMemoryless = 3,
+};
+
+using ResourceOptions = NS::UInteger;
+enum : ResourceOptions {
+  ResourceCPUCacheModeDefaultCache = 0,
+  ResourceCPUCacheModeWriteCombined = 1,
+  ResourceStorageModeShared = 0,
+  ResourceStorageModeManaged = 1 << 4,
+  ResourceStorageModePrivate = 1 << 5,
+  ResourceHazardTrackingModeDefault = 0,
+  ResourceHazardTrackingModeUntracked = 1 << 8,
+  ResourceHazardTrackingModeTracked = 1 << 9,
+};
+
+enum CommandBufferStatus : NS::UInteger {
+  CommandBufferStatusNotEnqueued = 0,
+  CommandBufferStatusEnqueued = 1,
+  CommandBufferStatusCommitted = 2,
+  CommandBufferStatusScheduled = 3,
+  CommandBufferStatusCompleted = 4,
+  CommandBufferStatusError = 5,
+};
+
+enum CommandBufferError : NS::UInteger {
+  CommandBufferErrorNone = 0,
+  CommandBufferErrorInternal = 1,
+  CommandBufferErrorTimeout = 2,
+  CommandBufferErrorPageFault = 3,
+  CommandBufferErrorNotPermitted = 7,
+  CommandBufferErrorOutOfMemory = 8,
+  CommandBufferErrorInvalidResource = 9,
+};
+
+enum LibraryError : NS::UInteger {
+  LibraryErrorUnsupported = 1,
+  LibraryErrorInternal = 2,
+  LibraryErrorCompileFailure = 3,
+  LibraryErrorCompileWarning = 4,
+  LibraryErrorFunctionNotFound = 5,
+  LibraryErrorFileNotFound = 6,
+};
+
+enum DispatchType : NS::UInteger { DispatchTypeSerial = 0, DispatchTypeConcurrent = 1 };
+
+using BarrierScope = NS::UInteger;
+enum : BarrierScope { BarrierScopeBuffers = 1, BarrierScopeTextures = 1 << 1, BarrierScopeRenderTargets = 1 << 2 };
+
+using HandlerFunction = std::function<void(CommandBuffer*)>;
+
+class Allocation : public NS::Referencing<Allocation> {
+public:
+  NS::UInteger allocatedSize() const;
+};
+
+class Resource : public NS::Referencing<Resource, Allocation> {
+public:
+  Device* device() const;
+  NS::String* label() const;
+  void setLabel(const NS::String* label);
+  ResourceOptions resourceOptions() const;
+  StorageMode storageMode() const;
+};
+
+class Buffer : public NS::Referencing<Buffer, Resource> {
+public:
+  void* contents();
+  NS::UInteger length() const;
+};
+
+class Function : public NS::Referencing<Function> {
+public:
+  Device* device() const;
+  NS::String* name() const;
+  NS::String* label() const;
+  void setLabel(const NS::String* label);
+};
+
+class Library : public NS::Referencing<Library> {
+public:
+  Device* device() const;
+  NS::String* label() const;
+  void setLabel(const NS::String* label);
+  NS::Array* functionNames() const;
+  /// Null where there is no function of that name.
+  Function* newFunction(const NS::String* functionName);
+};
+
+class ComputePipelineState : public NS::Referencing<ComputePipelineState, Allocation> {
+public:
+  Device* device() const;
+  NS::String* label() const;
+  NS::UInteger maxTotalThreadsPerThreadgroup() const;
+  NS::UInteger threadExecutionWidth() const;
+  NS::UInteger staticThreadgroupMemoryLength() const;
+};
+
+class CommandEncoder : public NS::Referencing<CommandEncoder> {
+public:
+  Device* device() const;
+  NS::String* label() const;
+  void setLabel(const NS::String* label);
+  void endEncoding();
+};
+
+class ComputeCommandEncoder : public NS::Referencing<ComputeCommandEncoder, CommandEncoder> {
+public:
+  DispatchType dispatchType() const;
+  void setComputePipelineState(const ComputePipelineState* state);
+  void setBuffer(const Buffer* buffer, NS::UInteger offset, NS::UInteger index);
+  void setBufferOffset(NS::UInteger offset, NS::UInteger index);
+  void setBytes(const void* bytes, NS::UInteger length, NS::UInteger index);
+  void setThreadgroupMemoryLength(NS::UInteger length, NS::UInteger index);
+  void dispatchThreadgroups(Size threadgroupsPerGrid, Size threadsPerThreadgroup);
+  void memoryBarrier(BarrierScope scope);
+};
+
+class CommandBuffer : public NS::Referencing<CommandBuffer> {
+public:
+  Device* device() const;
+  CommandQueue* commandQueue() const;
+  NS::String* label() const;
+  void setLabel(const NS::String* label);
+
+  ComputeCommandEncoder* computeCommandEncoder();
+  ComputeCommandEncoder* computeCommandEncoder(DispatchType dispatchType);
+  void enqueue();
+  void commit();
+  /// May execute this and earlier buffers of the queue, and their completion handlers, on the calling thread.
+  void waitUntilCompleted();
+  void waitUntilScheduled();
+  /// Runs after execution, on whichever thread executed the buffer, before waitUntilCompleted() returns.
+  void addCompletedHandler(const HandlerFunction& function);
+  void addScheduledHandler(const HandlerFunction& function);
+
+  CommandBufferStatus status() const;
+  NS::Error* error() const;
+  bool retainedReferences() const;
+  /// Seconds on the host's monotonic clock.
+  CFTimeInterval GPUStartTime() const;
+  CFTimeInterval GPUEndTime() const;
+};
+
+class CommandQueue : public NS::Referencing<CommandQueue> {
+public:
+  Device* device() const;
+  NS::String* label() const;
+  void setLabel(const NS::String* label);
+  CommandBuffer* commandBuffer();
+  /// The caller keeps buffers and pipelines alive until the command buffer has completed.
+  CommandBuffer* commandBufferWithUnretainedReferences();
+};
+
+class Device : public NS::Referencing<Device> {
+public:
+  NS::String* name() const;
+  uint64_t registryID() const;
+  bool hasUnifiedMemory() const;
+  NS::UInteger maxBufferLength() const;
+  NS::UInteger maxThreadgroupMemoryLength() const;
+  Size maxThreadsPerThreadgroup() const;
+  NS::UInteger currentAllocatedSize() const;
+  uint64_t recommendedMaxWorkingSetSize() const;
+
+  Buffer* newBuffer(NS::UInteger length, ResourceOptions options);
+  /// A new buffer that begins as a copy of the memory.
+  Buffer* newBuffer(const void* pointer, NS::UInteger length, ResourceOptions options);
+  /// The caller's memory itself, at any alignment (Apple: whole pages); the deallocator may be null.
+  Buffer* newBuffer(const void* pointer, NS::UInteger length, ResourceOptions options,
+                    const std::function<void(void*, NS::UInteger)>& deallocator);
+
+  CommandQueue* newCommandQueue();
+  CommandQueue* newCommandQueue(NS::UInteger maxCommandBufferCount);
+  /// A directory of kernel libraries (one per engine and processor level) or a single one.
+  Library* newLibrary(const NS::String* filepath, NS::Error** error);
+  ComputePipelineState* newComputePipelineState(const Function* computeFunction, NS::Error** error);
+};
+
+/// Owned by the caller. Native engine.
+Device* CreateSystemDefaultDevice();
+/// Owned by the caller: the devices named "native (<processor level>)" and "exact".
+NS::Array* CopyAllDevices();
+
+} // namespace MTL
