@@ -16,10 +16,10 @@ struct CombineArgs {
   uint shared;
   uint weights_token_stride; // elements
   uint weights_slot_stride;
-  uint weights_type;         // ScalarType
+  uint weights_type; // ScalarType
   uint has_shared_weights;
   uint shared_token_stride;
   uint shared_slot_stride;
-  uint shared_type;          // ScalarType
-  uint out_row_stride;       // elements
+  uint shared_type;    // ScalarType
+  uint out_row_stride; // elements
 };

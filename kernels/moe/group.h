@@ -20,25 +20,29 @@ struct RowTile {
   uint reserved;
 };
 
-// `group` buffers: 0 ids, 1 offsets out [E + shared + 1], 2 sorted_rows out [S], 3 inverse out [S], 4 tiles out [max_tiles],
-// 5 GroupArgs; threadgroup 0: GROUP_COUNTERS * 4 bytes.
-// S = tokens * (top_k + shared). Assignment a = token * (top_k + shared) + slot; slots >= top_k belong to the shared
-// experts E, E + 1, ... and are not in ids. sorted_rows[p] = a: stable, by expert; places from offsets[E + shared] on
-// are GROUP_NONE. inverse[a] = p, or GROUP_NONE where the id was outside 0..E-1.
+// `group` buffers: 0 ids, 1 offsets out [E + shared + 1], 2 sorted_rows out [S], 3 inverse out [S], 4 tiles out
+// [max_tiles], 5 GroupArgs; threadgroup 0: GROUP_COUNTERS * 4 bytes. S = tokens * (top_k + shared). Assignment a =
+// token * (top_k + shared) + slot; slots >= top_k belong to the shared experts E, E + 1, ... and are not in ids.
+// sorted_rows[p] = a: stable, by expert; places from offsets[E + shared] on are GROUP_NONE. inverse[a] = p, or
+// GROUP_NONE where the id was outside 0..E-1.
 struct GroupArgs {
   uint tokens;
   uint top_k;
-  uint experts;         // E
-  uint shared;          // shared experts: every token is assigned to each of them
+  uint experts;          // E
+  uint shared;           // shared experts: every token is assigned to each of them
   uint ids_token_stride; // elements of the id type
   uint ids_slot_stride;
-  uint id_words;        // 32-bit words of an id: 1 int32, 2 int64
+  uint id_words; // 32-bit words of an id: 1 int32, 2 int64
   uint row_tile;
-  uint max_tiles;       // elements of the tile table: at least ceil(S / row_tile) + min(E + shared, S)
+  uint max_tiles; // elements of the tile table: at least ceil(S / row_tile) + min(E + shared, S)
 };
 
+/// Threads of a threadgroup of `pad_groups`, in simdgroups.
+SHARED_CONSTANT uint PAD_SIMDGROUPS = 8;
+
 // `pad_groups` buffers: 0 offsets, 1 sorted_rows, 2 padded out [E, capacity] int32 (assignment, or -1), 3 PadArgs.
-// One thread per element. Assignments beyond the capacity of an expert are left out.
+// Grid: (ceil(capacity / threads of a threadgroup), E); one-thread simdgroups: (1, E). One-dimensional threadgroups.
+// Assignments beyond the capacity of an expert are left out.
 struct PadArgs {
   uint experts;
   uint capacity;

@@ -1,0 +1,233 @@
+// group: expert ids of every (token, slot) -> rows sorted by expert, their inverse, and a table of row tiles.
+//
+//   rank      assignments a = token * (top_k + shared) + slot in order of (expert, a): a stable counting sort
+//   tiles     expert e's rows offsets[e] .. offsets[e + 1] - 1 in pieces of row_tile, experts in order
+//
+// Layouts: see group.h. The shared experts need no sort: row `token` of shared expert i is that token's slot
+// top_k + i.
+//
+// One threadgroup, because every stage needs all of the one before. The assignments are cut into one consecutive run
+// per simdgroup that takes part; each run is read SIMD_WIDTH at a time, in order, so ranks need no atomics and no
+// schedule can change them:
+//   1. count    simdgroup p: counters[p][e] = how many of its assignments name expert e
+//   2. scan     simdgroup 0: counters[p][e] = first place of (e, p); offsets and first tiles by the way
+//   3. tiles    one expert per simdgroup at a time, its tiles over the lanes
+//   4. place    simdgroup p: lane's place = counters[p][e] + lower lanes with the same expert
+// With one-lane simdgroups this is the plain serial counting sort.
+//
+// Bytes: S ids read twice (4 or 8 bytes), 2 * 4 * S written, 16 per tile.
+#include "../tiles/scalar.h"
+#include "group.h"
+
+constexpr constant uint LANE_SIMDGROUPS = simdgroups(GROUP_SIMDGROUPS, SIMD_WIDTH);
+constexpr constant uint THREADS = LANE_SIMDGROUPS * SIMD_WIDTH;
+
+inline uint divide_up(uint a, uint b) { return (a + b - 1) / b; }
+
+/// The (token, slot) pairs of every SIMD_WIDTH-th routed assignment, without a division per step.
+struct RoutedSlots {
+  uint token;
+  uint slot;
+  uint token_step;
+  uint slot_step;
+
+  void start(uint first, uint top_k) {
+    token = first / top_k;
+    slot = first % top_k;
+    token_step = SIMD_WIDTH / top_k;
+    slot_step = SIMD_WIDTH % top_k;
+  }
+  void next(uint top_k) {
+    token += token_step;
+    slot += slot_step;
+    if (slot >= top_k) {
+      slot -= top_k;
+      ++token;
+    }
+  }
+};
+
+inline uint routed_expert(device const int* ids, constant GroupArgs& args, thread const RoutedSlots& at) {
+  const ulong index = ulong(at.token) * args.ids_token_stride + ulong(at.slot) * args.ids_slot_stride;
+  return load_id(ids, index, args.id_words, args.experts);
+}
+
+inline ulong lanes_where(bool condition) { return ulong(simd_vote::vote_t(simd_ballot(condition))); }
+
+/// The lanes that hold the same expert as this one, as bits: one vote per bit of the expert. 0 where this lane has
+/// none.
+inline ulong lanes_of_expert(uint expert, uint experts) {
+  const bool present = expert != NO_EXPERT;
+  ulong lanes = lanes_where(present);
+  if (SIMD_WIDTH > 1) {
+    for (uint bit = 1; bit < experts; bit <<= 1) {
+      const bool set = (expert & bit) != 0;
+      const ulong with = lanes_where(set);
+      lanes &= set ? with : ~with;
+    }
+  }
+  return present ? lanes : 0;
+}
+
+[[kernel, max_total_threads_per_threadgroup(GROUP_SIMDGROUPS* SIMD_WIDTH)]]
+void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)]],
+           device uint* sorted_rows [[buffer(2)]], device uint* inverse [[buffer(3)]],
+           device RowTile* tiles [[buffer(4)]], constant GroupArgs& args [[buffer(5)]],
+           threadgroup uint* memory [[threadgroup(0)]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+           uint lane [[thread_index_in_simdgroup]]) {
+  const uint thread_index = simdgroup * SIMD_WIDTH + lane;
+  const uint experts = args.experts;
+  const uint top_k = max(args.top_k, 1u); // a divisor; without routed slots `routed` is 0
+  const uint slots = args.top_k + args.shared;
+  const uint routed = args.tokens * args.top_k;
+
+  // Threadgroup memory: first tile of each expert, then rows and tiles of all routed experts, then the counters.
+  threadgroup uint* first_tile = memory;
+  threadgroup uint* totals = memory + experts;
+  threadgroup uint* counters = memory + experts + 2;
+  const uint parts = min(LANE_SIMDGROUPS, (GROUP_COUNTERS - experts - 2) / max(experts, 1u));
+  threadgroup uint* own = counters + simdgroup * experts;
+  const uint run = divide_up(divide_up(routed, SIMD_WIDTH), parts) * SIMD_WIDTH;
+  const uint run_first = min(simdgroup * run, routed);
+  const uint run_last = simdgroup < parts ? min(run_first + run, routed) : run_first;
+
+  for (uint i = thread_index; i < parts * experts; i += THREADS)
+    counters[i] = 0;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // 1. count. All lanes of a simdgroup make the same number of steps.
+  RoutedSlots at;
+  at.start(run_first + lane, top_k);
+  for (uint a = run_first; a < run_last; a += SIMD_WIDTH) {
+    const uint expert = a + lane < run_last ? routed_expert(ids, args, at) : NO_EXPERT;
+    const ulong same = lanes_of_expert(expert, experts);
+    const bool lowest = (same & ((1ul << lane) - 1)) == 0;
+    if (expert != NO_EXPERT && lowest)
+      own[expert] += uint(popcount(same));
+    simdgroup_barrier(mem_flags::mem_threadgroup); // the next step's lowest lane may be another one
+    at.next(top_k);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // 2. scan
+  if (simdgroup == 0) {
+    uint place = 0, tile = 0;
+    for (uint first = 0; first < experts; first += SIMD_WIDTH) {
+      const uint expert = first + lane;
+      uint rows = 0;
+      if (expert < experts)
+        for (uint p = 0; p < parts; ++p)
+          rows += counters[p * experts + expert];
+      const uint expert_tiles = divide_up(rows, args.row_tile);
+      uint next = place + simd_prefix_exclusive_sum(rows);
+      const uint next_tile = tile + simd_prefix_exclusive_sum(expert_tiles);
+      if (expert < experts) {
+        offsets[expert] = next;
+        first_tile[expert] = next_tile;
+        for (uint p = 0; p < parts; ++p) {
+          const uint count = counters[p * experts + expert];
+          counters[p * experts + expert] = next;
+          next += count;
+        }
+      }
+      place += simd_sum(rows);
+      tile += simd_sum(expert_tiles);
+    }
+    if (lane == 0) {
+      totals[0] = place;
+      totals[1] = tile;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const uint routed_rows = totals[0];
+  const uint routed_tiles = totals[1];
+  const uint shared_tiles = divide_up(args.tokens, args.row_tile); // of one shared expert
+
+  // 3. tiles
+  for (uint expert = simdgroup; expert < experts + args.shared; expert += LANE_SIMDGROUPS) {
+    uint first_row, rows, first;
+    if (expert < experts) {
+      first_row = counters[expert];
+      rows = (expert + 1 < experts ? counters[expert + 1] : routed_rows) - first_row;
+      first = first_tile[expert];
+    } else {
+      first_row = routed_rows + (expert - experts) * args.tokens;
+      rows = args.tokens;
+      first = routed_tiles + (expert - experts) * shared_tiles;
+    }
+    for (uint t = lane; t * args.row_tile < rows; t += SIMD_WIDTH) {
+      device RowTile& tile = tiles[first + t];
+      tile.expert = expert;
+      tile.first_row = first_row + t * args.row_tile;
+      tile.rows = min(args.row_tile, rows - t * args.row_tile);
+      tile.reserved = 0;
+    }
+  }
+  for (uint t = routed_tiles + args.shared * shared_tiles + thread_index; t < args.max_tiles; t += THREADS) {
+    device RowTile& tile = tiles[t];
+    tile.expert = 0;
+    tile.first_row = 0;
+    tile.rows = 0;
+    tile.reserved = 0;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // 4. place
+  at.start(run_first + lane, top_k);
+  for (uint a = run_first; a < run_last; a += SIMD_WIDTH) {
+    const bool in_run = a + lane < run_last;
+    const uint expert = in_run ? routed_expert(ids, args, at) : NO_EXPERT;
+    const ulong same = lanes_of_expert(expert, experts);
+    const uint rank = uint(popcount(same & ((1ul << lane) - 1)));
+    const uint first = expert != NO_EXPERT ? own[expert] : 0;
+    simdgroup_barrier(mem_flags::mem_threadgroup); // every lane has read before one advances
+    if (expert != NO_EXPERT && rank == 0)
+      own[expert] = first + uint(popcount(same));
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    if (in_run) {
+      const uint assignment = at.token * slots + at.slot;
+      const uint place = expert != NO_EXPERT ? first + rank : GROUP_NONE;
+      inverse[assignment] = place;
+      if (place != GROUP_NONE)
+        sorted_rows[place] = assignment;
+    }
+    at.next(top_k);
+  }
+
+  // Shared experts, and the places that dropped assignments left over.
+  for (uint i = thread_index; i <= args.shared; i += THREADS)
+    offsets[experts + i] = routed_rows + i * args.tokens;
+  for (uint i = 0; i < args.shared; ++i) {
+    for (uint token = thread_index; token < args.tokens; token += THREADS) {
+      const uint assignment = token * slots + args.top_k + i;
+      const uint place = routed_rows + i * args.tokens + token;
+      sorted_rows[place] = assignment;
+      inverse[assignment] = place;
+    }
+  }
+  for (uint p = routed_rows + args.shared * args.tokens + thread_index; p < args.tokens * slots; p += THREADS)
+    sorted_rows[p] = GROUP_NONE;
+}
+
+// pad_groups: sorted rows -> one run of `capacity` places per expert, for uniform batches.
+//
+//   padded[e][c] = sorted_rows[offsets[e] + c] where the expert has that many, else -1
+//
+// A threadgroup takes a piece of one expert's row; the loops make any grid right (group.h names the intended one).
+// Bytes: 4 * E * capacity written, at most as many read.
+[[kernel, max_total_threads_per_threadgroup(PAD_SIMDGROUPS* SIMD_WIDTH)]]
+void pad_groups(device const uint* offsets [[buffer(0)]], device const uint* sorted_rows [[buffer(1)]],
+                device int* padded [[buffer(2)]], constant PadArgs& args [[buffer(3)]],
+                uint2 threadgroup_position [[threadgroup_position_in_grid]],
+                uint2 threadgroups [[threadgroups_per_grid]], uint thread_index [[thread_index_in_threadgroup]],
+                uint2 threads [[threads_per_threadgroup]]) {
+  const uint stride = threadgroups.x * threads.x;
+  const uint column = threadgroup_position.x * threads.x + thread_index;
+  for (uint expert = threadgroup_position.y; expert < args.experts; expert += threadgroups.y) {
+    device const uint* rows = sorted_rows + offsets[expert];
+    const uint count = min(offsets[expert + 1] - offsets[expert], args.capacity);
+    device int* out = padded + ulong(expert) * args.capacity;
+    for (uint c = column; c < args.capacity; c += stride)
+      out[c] = c < count ? int(rows[c]) : -1;
+  }
+}
