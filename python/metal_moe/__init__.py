@@ -1,0 +1,50 @@
+"""Mixture-of-Experts layers on Apple GPUs from PyTorch, and on any CPU through the same Metal kernels."""
+
+import os as _os
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+from pathlib import Path as _Path
+
+from . import _core
+
+# The kernels lie beside the extension; METAL_MOE_LIBRARY names another build of them.
+_core.set_library_path(_os.environ.get("METAL_MOE_LIBRARY") or str(_Path(_core.__file__).parent / "metal_moe.metallib"))
+
+from .device import (  # noqa: E402 (the library's path comes first)
+    device_info,
+    get_num_threads,
+    kernels,
+    last_dispatch,
+    pool_stats,
+    pool_trim,
+    select_moe_kernel,
+    set_exact_seed,
+    set_num_threads,
+)
+from .experts import fused_experts, fused_moe, gather_experts  # noqa: E402
+from .grouping import GroupedTokens, group_tokens  # noqa: E402
+from .routing import fused_topk  # noqa: E402
+
+try:
+    __version__ = _version("metal_moe")
+except _PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "GroupedTokens",
+    "__version__",
+    "device_info",
+    "fused_experts",
+    "fused_moe",
+    "fused_topk",
+    "gather_experts",
+    "get_num_threads",
+    "group_tokens",
+    "kernels",
+    "last_dispatch",
+    "pool_stats",
+    "pool_trim",
+    "select_moe_kernel",
+    "set_exact_seed",
+    "set_num_threads",
+]

@@ -1,0 +1,129 @@
+"""What runs and what ran: devices, compiled kernels, kernel selection, the last dispatch, scratch memory, threads."""
+
+import torch
+
+from . import _core
+from ._operator import cpu_engine
+from ._validate import MAX_SIZE, SUPPORTED_DEVICES, check_bits, check_bool, check_int, choices
+
+__all__ = [
+    "device_info",
+    "get_num_threads",
+    "kernels",
+    "last_dispatch",
+    "pool_stats",
+    "pool_trim",
+    "select_moe_kernel",
+    "set_exact_seed",
+    "set_num_threads",
+]
+
+
+def select_moe_kernel(
+    batch_size: int,
+    use_fp32_acc: bool,
+    gate_bits: int | None = None,
+    up_bits: int | None = None,
+    down_bits: int | None = None,
+) -> tuple[str, int]:
+    """The kernel family for a batch, and how many output columns one of its threadgroups computes.
+
+    | tokens | family | tile_n |
+    | --- | --- | --- |
+    | 1 | moe_decode | 64 |
+    | 2 to 16 | moe_prefill4 | 64 |
+    | 17 to 32 | moe_base | 64 |
+    | 33 and more | moe_large_batch | 128 |
+
+    Args:
+        batch_size: tokens, at least 1.
+        use_fp32_acc: accumulate in float32; appends "_fp32acc" to the name.
+        gate_bits, up_bits, down_bits: bits of a weight; 16, 32 or None for dense weights, the only ones so far.
+
+    Returns:
+        (name, tile_n). The name can be passed as `kernel=` to `fused_experts` and `fused_moe`.
+
+    Raises:
+        TypeError: a wrong type. ValueError: batch_size below 1, or bits of a quantised format.
+
+    Example:
+        >>> metal_moe.select_moe_kernel(8, True)
+        ('moe_prefill4_fp32acc', 64)
+    """
+    op = "select_moe_kernel"
+    check_int(op, "batch_size", batch_size, 1, MAX_SIZE)
+    check_bool(op, "use_fp32_acc", use_fp32_acc)
+    for name, bits in (("gate_bits", gate_bits), ("up_bits", up_bits), ("down_bits", down_bits)):
+        check_bits(op, name, bits)
+    return _core.select_moe_kernel(batch_size, use_fp32_acc, gate_bits, up_bits, down_bits)
+
+
+def kernels(device: str | torch.device = "cpu") -> list[dict]:
+    """Every kernel compiled for `device`.
+
+    Returns:
+        One dict per kernel: name, family, stage ("gate_up", "down", "route", ...), format ("dense"), dtype,
+        accumulation ("fp32", "fp16"), row_tile and tile_n; what a kernel does not have is None or 0.
+
+    Raises:
+        ValueError: an unsupported device. RuntimeError: the kernel library cannot be loaded.
+    """
+    return _core.kernels(_engine("kernels", device))
+
+
+def device_info(device: str | torch.device = "cpu") -> dict:
+    """The engine that serves `device`: its name, kernel library, simdgroup width, threads and limits.
+
+    Raises:
+        ValueError: an unsupported device. RuntimeError: the kernel library cannot be loaded.
+    """
+    engine = _engine("device_info", device)
+    return {"device": str(device), "engine": engine, **_core.device_info(engine)}
+
+
+def last_dispatch() -> dict:
+    """What the last call of this thread ran: family, kernels (names in order), dispatches, commits, row_tile, tile_n,
+    vectorized, engine. Empty before the first call."""
+    return _core.last_dispatch()
+
+
+def pool_stats(device: str | torch.device = "cpu") -> dict:
+    """Scratch memory that is kept between calls: bytes held and in use, the high-water mark, hits and misses."""
+    return _core.pool_stats(_engine("pool_stats", device))
+
+
+def pool_trim(device: str | torch.device = "cpu") -> None:
+    """Gives scratch memory that is not in use back to the system."""
+    _core.pool_trim(_engine("pool_trim", device))
+
+
+def set_num_threads(threads: int) -> None:
+    """Threads that compute CPU tensors, for the whole process. Starts as METAL_MOE_NUM_THREADS, or one per processor.
+
+    Raises:
+        TypeError: not an int. ValueError: below 1.
+    """
+    check_int("set_num_threads", "threads", threads, 1, 4096)
+    _core.set_num_threads(threads)
+
+
+def get_num_threads() -> int:
+    """Threads that compute CPU tensors."""
+    return _core.get_num_threads()
+
+
+def set_exact_seed(seed: int) -> None:
+    """Seed of the random order in which the `exact` engine runs threads and threadgroups. Results do not depend on it.
+
+    Raises:
+        TypeError: not an int. ValueError: outside 0..2**64-1.
+    """
+    check_int("set_exact_seed", "seed", seed, 0, 2**64 - 1)
+    _core.set_exact_seed(seed)
+
+
+def _engine(op: str, device: str | torch.device) -> str:
+    kind = torch.device(device).type
+    if kind not in SUPPORTED_DEVICES:
+        raise ValueError(f'{op}: device is "{device}"; it must be {choices(SUPPORTED_DEVICES)}')
+    return cpu_engine()
