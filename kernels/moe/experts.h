@@ -12,20 +12,34 @@ enum Activation : uint {
 };
 
 // decode and prefill4: output columns of a threadgroup, and its simdgroups on a GPU.
-constexpr uint GEMV_TILE_N = 64;
-constexpr uint GEMV_SIMDGROUPS = 8;
+SHARED_CONSTANT uint GEMV_TILE_N = 64;
+SHARED_CONSTANT uint GEMV_SIMDGROUPS = 8;
 /// Most rows of one expert that share a weight read in prefill4.
-constexpr uint PREFILL4_ROW_TILE = 4;
+SHARED_CONSTANT uint PREFILL4_ROW_TILE = 4;
 
 // Matrix families: rows of one expert x output columns per threadgroup.
-constexpr uint BASE_ROW_TILE = 8;
-constexpr uint BASE_TILE_N = 64;
-constexpr uint LARGE_BATCH_TILE_N = 128;
-constexpr uint SIMD_TILE_N = 64;
-constexpr uint GEMM_SIMDGROUPS = 4;
+SHARED_CONSTANT uint BASE_ROW_TILE = 8;
+SHARED_CONSTANT uint BASE_TILE_N = 64;
+SHARED_CONSTANT uint LARGE_BATCH_TILE_N = 128;
+SHARED_CONSTANT uint SIMD_TILE_N = 64;
+SHARED_CONSTANT uint GEMM_SIMDGROUPS = 4;
+
+// Bytes of K that a threadgroup holds at a time. `base` and `large_batch` stage weights and activations, `simd` only
+// activations: the largest power of two with which all tiles fit 32 KiB.
+SHARED_CONSTANT uint BASE_K_BYTES = 128;
+SHARED_CONSTANT uint LARGE_BATCH_K_BYTES = 64;
+SHARED_CONSTANT uint SIMD_K_BYTES = 512;
+/// Bytes between the end of a staged row and the next: rows then start in different threadgroup memory banks.
+SHARED_CONSTANT uint GEMM_ROW_PAD_BYTES = 16;
+
+/// Threadgroup memory of a matrix family's threadgroup. `weight_rows`: 2 * tile_n for gate_up with a gate, tile_n
+/// for `up_...` and down, 0 for `simd`. The last term is one 8x8 fp32 fragment of gate and of up per simdgroup.
+constexpr uint gemm_threadgroup_bytes(uint row_tile, uint weight_rows, uint k_bytes) {
+  return (row_tile + weight_rows) * (k_bytes + GEMM_ROW_PAD_BYTES) + GEMM_SIMDGROUPS * 2 * 64 * 4;
+}
 
 // `simd` and vectorised loads need rows that start at multiples of this many bytes.
-constexpr uint VECTOR_BYTES = 16;
+SHARED_CONSTANT uint VECTOR_BYTES = 16;
 
 struct ExpertsArgs {
   uint tokens;              // T

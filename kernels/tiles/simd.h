@@ -20,3 +20,12 @@ using uint = uint32_t;
 /// Simdgroups of a threadgroup, where `wanted` is the number on a GPU. With one-thread simdgroups a threadgroup is one
 /// thread: more of them would only divide work that the compiler vectorises.
 constexpr uint simdgroups(uint wanted, uint simd_width) { return simd_width == 1 ? 1 : wanted; }
+
+#ifdef __METAL_VERSION__
+// A loop whose count is a constant and whose body indexes registers.
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 64")
+#endif
+#endif

@@ -1,0 +1,209 @@
+// down: y = h Wd^T + bd, the second matrix product of every chosen expert; in `decode` also the weighted sum over the
+// experts of a token.
+//
+//   h [S, I']        from gate_up                          w2 [E, H, I]
+//   y [S, H] fp32    grouped families, in expert order     out [T, H] decode, in h's dtype
+//
+// decode       A threadgroup computes GEMV_TILE_N columns of one token: a simdgroup 4 columns at a time, over the
+//              token's slots in order, sum += weight * (dot + bias) in fp32. No second pass, no atomics.
+// prefill4     A threadgroup computes GEMV_TILE_N columns of one row tile of up to 4 rows, sharing each weight read.
+// base, large_batch, simd
+//              8x8 simdgroup matrices, see gemm.h. `combine` then adds the rows of each token.
+#include "combine.h"
+#include "gemm.h"
+#include "gemv.h"
+
+template <bool VECTORIZED, typename T, typename Acc>
+inline void down_decode_body(device const T* h, device const T* w2, device const T* shared_w2, device const T* bias,
+                             device const int* ids, device const uchar* weights, device const uchar* shared_weights,
+                             device T* out, constant ExpertsArgs& args, uint first_column, uint token, uint simdgroup,
+                             uint lane) {
+  constexpr uint N = gemv_columns<1>();
+  const uint slots = args.top_k + args.shared;
+  const uint end = min(first_column + GEMV_TILE_N, args.hidden);
+  for (uint column = first_column + simdgroup * N; column < end; column += GEMV_LANE_SIMDGROUPS * N) {
+    float total[N] = {};
+    for (uint slot = 0; slot < slots; ++slot) {
+      const bool routed = slot < args.top_k;
+      const uint expert = routed ? load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride,
+                                           args.id_words, args.experts)
+                                 : args.experts + slot - args.top_k;
+      if (expert == NO_EXPERT)
+        continue;
+      const uint K = routed ? args.intermediate : args.shared_intermediate;
+      device const T* w = dense_expert(w2, shared_w2, expert, args.experts, ulong(args.hidden) * args.intermediate,
+                                       ulong(args.hidden) * args.shared_intermediate);
+      Rows<T, N> rows;
+      for (uint i = 0; i < N; ++i)
+        rows.row[i] = w + ulong(min(column + i, args.hidden - 1)) * K;
+      Rows<T, 1> from;
+      from.row[0] = h + (ulong(token) * slots + slot) * args.h_row_stride;
+      float sum[N][1];
+      dot_columns<VECTORIZED, Acc>(rows, from, K, lane, sum);
+
+      float weight = 1.0f;
+      if (routed)
+        weight = load_scalar(weights, ulong(token) * args.weights_token_stride + slot * args.weights_slot_stride,
+                             args.weights_type);
+      else if (args.has_shared_weights)
+        weight = load_scalar(shared_weights,
+                             ulong(token) * args.shared_token_stride + (slot - args.top_k) * args.shared_slot_stride,
+                             args.shared_type);
+      for (uint i = 0; i < N; ++i) {
+        const float b = routed && args.has_bias
+                            ? float(bias[ulong(expert) * args.hidden + min(column + i, args.hidden - 1)])
+                            : 0.0f;
+        total[i] = fma(weight, sum[i][0] + b, total[i]);
+      }
+    }
+    for (uint i = 0; i < N; ++i)
+      if (column + i < end && lane == i % SIMD_WIDTH)
+        out[ulong(token) * args.out_row_stride + column + i] = T(total[i]);
+  }
+}
+
+template <typename T, typename Acc>
+[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS * SIMD_WIDTH)]] void
+down_decode(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], device const T* shared_w2 [[buffer(2)]],
+            device const T* bias [[buffer(3)]], device const int* ids [[buffer(4)]],
+            device const uchar* weights [[buffer(5)]], device const uchar* shared_weights [[buffer(6)]],
+            device T* out [[buffer(7)]], constant ExpertsArgs& args [[buffer(8)]],
+            uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+            uint lane [[thread_index_in_simdgroup]]) {
+  const uint first_column = group.x * GEMV_TILE_N;
+  if (args.vectorized)
+    down_decode_body<true, T, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, out, args, first_column,
+                                   group.y, simdgroup, lane);
+  else
+    down_decode_body<false, T, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, out, args, first_column,
+                                    group.y, simdgroup, lane);
+}
+
+/// C = rows of the tile.
+template <bool VECTORIZED, uint C, typename T, typename Acc>
+inline void down_prefill4_body(device const T* h, device const T* w, device const T* bias, device float* y, uint K,
+                               uint first_column, constant ExpertsArgs& args, uint simdgroup, uint lane) {
+  constexpr uint N = gemv_columns<1>();
+  const uint end = min(first_column + GEMV_TILE_N, args.hidden);
+  Rows<T, C> from;
+  for (uint c = 0; c < C; ++c)
+    from.row[c] = h + ulong(c) * args.h_row_stride;
+  for (uint column = first_column + simdgroup * N; column < end; column += GEMV_LANE_SIMDGROUPS * N) {
+    Rows<T, N> rows;
+    for (uint i = 0; i < N; ++i)
+      rows.row[i] = w + ulong(min(column + i, args.hidden - 1)) * K;
+    float sum[N][C];
+    dot_columns<VECTORIZED, Acc>(rows, from, K, lane, sum);
+    for (uint i = 0; i < N; ++i)
+      for (uint c = 0; c < C; ++c)
+        if (column + i < end && lane == (i * C + c) % SIMD_WIDTH)
+          y[ulong(c) * args.out_row_stride + column + i] = sum[i][c] + (bias ? float(bias[column + i]) : 0.0f);
+  }
+}
+
+template <bool VECTORIZED, typename T, typename Acc>
+inline void down_prefill4_rows(device const T* h, device const T* w, device const T* bias, device float* y, uint K,
+                               uint rows, uint first_column, constant ExpertsArgs& args, uint simdgroup, uint lane) {
+  switch (rows) {
+  case 1:
+    return down_prefill4_body<VECTORIZED, 1, T, Acc>(h, w, bias, y, K, first_column, args, simdgroup, lane);
+  case 2:
+    return down_prefill4_body<VECTORIZED, 2, T, Acc>(h, w, bias, y, K, first_column, args, simdgroup, lane);
+  case 3:
+    return down_prefill4_body<VECTORIZED, 3, T, Acc>(h, w, bias, y, K, first_column, args, simdgroup, lane);
+  default:
+    return down_prefill4_body<VECTORIZED, 4, T, Acc>(h, w, bias, y, K, first_column, args, simdgroup, lane);
+  }
+}
+
+template <typename T, typename Acc>
+[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS * SIMD_WIDTH)]] void
+down_prefill4(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], device const T* shared_w2 [[buffer(2)]],
+              device const T* bias [[buffer(3)]], device const RowTile* tiles [[buffer(4)]],
+              device float* y [[buffer(5)]], constant ExpertsArgs& args [[buffer(6)]],
+              uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+              uint lane [[thread_index_in_simdgroup]]) {
+  const RowTile tile = tiles[group.x];
+  if (tile.rows == 0)
+    return;
+  const bool routed = tile.expert < args.experts;
+  const uint K = routed ? args.intermediate : args.shared_intermediate;
+  device const T* w = dense_expert(w2, shared_w2, tile.expert, args.experts, ulong(args.hidden) * args.intermediate,
+                                   ulong(args.hidden) * args.shared_intermediate);
+  device const T* b = routed && args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
+  device const T* from = h + ulong(tile.first_row) * args.h_row_stride;
+  device float* to = y + ulong(tile.first_row) * args.out_row_stride;
+  if (args.vectorized)
+    down_prefill4_rows<true, T, Acc>(from, w, b, to, K, tile.rows, group.y * GEMV_TILE_N, args, simdgroup, lane);
+  else
+    down_prefill4_rows<false, T, Acc>(from, w, b, to, K, tile.rows, group.y * GEMV_TILE_N, args, simdgroup, lane);
+}
+
+template <typename T, typename Acc, uint ROW_TILE, uint TILE_N, uint K_BYTES, bool STAGE_WEIGHTS>
+[[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS * SIMD_WIDTH)]] void
+down_gemm(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], device const T* shared_w2 [[buffer(2)]],
+          device const T* bias [[buffer(3)]], device const RowTile* tiles [[buffer(4)]], device float* y [[buffer(5)]],
+          constant ExpertsArgs& args [[buffer(6)]], threadgroup uchar* memory [[threadgroup(0)]],
+          uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+          uint lane [[thread_index_in_simdgroup]]) {
+  const RowTile tile = tiles[group.x];
+  if (tile.rows == 0)
+    return;
+  const uint first_column = group.y * TILE_N;
+  const bool routed = tile.expert < args.experts;
+  const uint K = routed ? args.intermediate : args.shared_intermediate;
+  using Tile = GemmTile<T, Acc, 1, ROW_TILE, TILE_N, K_BYTES, STAGE_WEIGHTS>;
+
+  WeightRows<T> weights;
+  weights.base = dense_expert(w2, shared_w2, tile.expert, args.experts, ulong(args.hidden) * args.intermediate,
+                              ulong(args.hidden) * args.shared_intermediate);
+  weights.column_step = 1;
+  weights.matrix_step = 0;
+  weights.columns = args.hidden;
+
+  SortedRows<T> rows{h + ulong(tile.first_row) * args.h_row_stride, args.h_row_stride};
+  Tile product;
+  product.multiply(rows, tile.rows, weights, first_column, K, args.vectorized, memory, simdgroup, lane);
+
+  const bool biased = routed && args.has_bias;
+  threadgroup float* sum = Tile::fragment_memory(memory, simdgroup);
+  for (uint i = 0; i < Tile::FRAGMENTS; ++i) {
+    const uint row = Tile::fragment_row(i, simdgroup);
+    const uint column = first_column + Tile::fragment_column(i, simdgroup);
+    if (row >= tile.rows || column >= args.hidden)
+      continue;
+    device float* to = y + ulong(tile.first_row + row) * args.out_row_stride + column;
+    if (!biased && row + 8 <= tile.rows && column + 8 <= args.hidden) {
+      simdgroup_store(product.fragment(i, 0), to, args.out_row_stride);
+      continue;
+    }
+    simdgroup_store(product.fragment(i, 0), sum, 8);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    const uint columns = min(8u, args.hidden - column);
+    if (biased)
+      for (uint e = lane; e < 64; e += SIMD_WIDTH) // the lane stores the elements that it adds to
+        sum[e] += float(bias[ulong(tile.expert) * args.hidden + column + min(e % 8, columns - 1)]);
+    store_fragment(sum, to, args.out_row_stride, min(8u, tile.rows - row), columns, lane);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+#define INSTANTIATE(NAME, ...) template [[host_name(NAME)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
+
+// Every family. ACC_NAME: "_fp32acc" or nothing for fp16 accumulation.
+#define FAMILIES(T, T_NAME, ACC, ACC_NAME)                                                                             \
+  INSTANTIATE("down_decode" ACC_NAME "_" T_NAME, down_decode<T, ACC>)                                                  \
+  INSTANTIATE("down_prefill4" ACC_NAME "_" T_NAME, down_prefill4<T, ACC>)                                              \
+  INSTANTIATE("down_base" ACC_NAME "_" T_NAME, down_gemm<T, ACC, BASE_ROW_TILE, BASE_TILE_N, BASE_K_BYTES, true>)      \
+  INSTANTIATE("down_large_batch" ACC_NAME "_m16_" T_NAME,                                                              \
+              down_gemm<T, ACC, 16, LARGE_BATCH_TILE_N, LARGE_BATCH_K_BYTES, true>)                                    \
+  INSTANTIATE("down_large_batch" ACC_NAME "_m32_" T_NAME,                                                              \
+              down_gemm<T, ACC, 4 * 8, LARGE_BATCH_TILE_N, LARGE_BATCH_K_BYTES, true>)                                 \
+  INSTANTIATE("down_simd" ACC_NAME "_m8_" T_NAME, down_gemm<T, ACC, 8, SIMD_TILE_N, SIMD_K_BYTES, false>)              \
+  INSTANTIATE("down_simd" ACC_NAME "_m16_" T_NAME, down_gemm<T, ACC, 16, SIMD_TILE_N, SIMD_K_BYTES, false>)            \
+  INSTANTIATE("down_simd" ACC_NAME "_m32_" T_NAME, down_gemm<T, ACC, 4 * 8, SIMD_TILE_N, SIMD_K_BYTES, false>)
+
+FAMILIES(float, "fp32", float, "_fp32acc")
+FAMILIES(half, "fp16", float, "_fp32acc")
+FAMILIES(half, "fp16", half, "")
+FAMILIES(bfloat, "bf16", float, "_fp32acc")
