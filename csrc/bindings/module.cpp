@@ -1,0 +1,255 @@
+// metal_moe._core: the operations on PyTorch's CPU tensors, for the package's Python code, which validates arguments.
+// Every operation runs to its end without the interpreter's lock.
+#include "tensors.h"
+
+#include "../core/engine_controls.h"
+#include "../moe/fused_moe.h"
+#include "moe/group.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace metal_moe::bindings {
+namespace {
+
+/// `value` of an enumeration whose last member is `last`.
+template <class Enum>
+Enum enumerator(const char* name, int value, Enum last) {
+  if (value < 0 || value > static_cast<int>(last))
+    throw py::value_error(std::string(name) + " is " + std::to_string(value) + ": must be 0 to " +
+                          std::to_string(static_cast<int>(last)));
+  return static_cast<Enum>(value);
+}
+
+template <class Encode>
+void run(MoeEngine& engine, const char* operation, const Encode& encode) {
+  const py::gil_scoped_release release;
+  run_operation(engine, operation, encode);
+}
+
+RoutingOptions routing_options(int scoring, uint32_t groups, uint32_t topk_groups, int group_score, bool renormalize,
+                               float renormalize_epsilon, float scale) {
+  return {enumerator("scoring", scoring, ROUTE_TOPK_SOFTMAX),
+          groups,
+          topk_groups,
+          enumerator("group_score", group_score, ROUTE_GROUP_TOP2_SUM),
+          renormalize,
+          renormalize_epsilon,
+          scale};
+}
+
+/// The arguments of the experts that fused_experts and fused_moe share. `family` must outlive the layer.
+ExpertsLayer experts_layer(Context& context, py::handle w1, py::handle w2, py::handle b1, py::handle b2,
+                           py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation,
+                           bool interleaved, float alpha, float limit, bool fp32_acc,
+                           const std::optional<std::string>& family) {
+  ExpertsLayer layer;
+  layer.w1 = read_tensor(context, w1, "w1", 3);
+  layer.w2 = read_tensor(context, w2, "w2", 3);
+  layer.bias1 = read_tensor(context, b1, "w1_bias", 2, true);
+  layer.bias2 = read_tensor(context, b2, "w2_bias", 2, true);
+  layer.shared_w1 = read_tensor(context, shared_w1, "shared_w1", 3, true);
+  layer.shared_w2 = read_tensor(context, shared_w2, "shared_w2", 3, true);
+  layer.shared_weights = read_tensor(context, shared_weights, "shared_weights", 2, true);
+  layer.activation = enumerator("activation", activation, ACTIVATION_SWIGLU_CLAMP);
+  layer.interleaved = interleaved;
+  layer.alpha = alpha;
+  layer.limit = limit;
+  layer.fp32_accumulation = fp32_acc;
+  if (family)
+    layer.family = *family;
+  return layer;
+}
+
+void fused_topk(std::string_view engine_name, py::handle logits, py::handle bias, py::handle weights_out,
+                py::handle ids_out, int scoring, uint32_t groups, uint32_t topk_groups, int group_score,
+                bool renormalize, float renormalize_epsilon, float scale) {
+  MoeEngine& engine = MoeEngine::get(engine_name);
+  Context& context = engine.context();
+  const TensorView logits_view = read_tensor(context, logits, "router_logits", 2);
+  const TensorView bias_view = read_tensor(context, bias, "correction_bias", 1, true);
+  const TensorView weights = read_tensor(context, weights_out, "weights", 2);
+  const TensorView ids = read_tensor(context, ids_out, "ids", 2);
+  const auto options =
+      routing_options(scoring, groups, topk_groups, group_score, renormalize, renormalize_epsilon, scale);
+  run(engine, "fused_topk", [&](CommandStream& stream) {
+    encode_route(stream, engine, logits_view, bias_view, size_argument("top_k", ids.shape[1]), options, weights.view(),
+                 ids.view());
+  });
+}
+
+void group_tokens(std::string_view engine_name, py::handle ids, int64_t experts, int64_t shared, int64_t row_tile,
+                  py::handle offsets_out, py::handle sorted_out, py::handle inverse_out, py::handle tiles_out) {
+  MoeEngine& engine = MoeEngine::get(engine_name);
+  Context& context = engine.context();
+  const TensorView ids_tensor = read_tensor(context, ids, "topk_ids", 2);
+  const TensorView offsets = read_tensor(context, offsets_out, "offsets", 1);
+  const TensorView sorted = read_tensor(context, sorted_out, "sorted_rows", 1);
+  const TensorView inverse = read_tensor(context, inverse_out, "inverse", 1);
+  const TensorView tiles = read_tensor(context, tiles_out, "tiles", 2);
+  const GroupTables tables{offsets.view(), sorted.view(), inverse.view(), tiles.view(),
+                           size_argument("number of tiles", tiles.shape[0])};
+  run(engine, "group_tokens", [&](CommandStream& stream) {
+    encode_group(stream, engine, ids_view(ids_tensor), size_argument("tokens of topk_ids", ids_tensor.shape[0]),
+                 size_argument("top_k of topk_ids", ids_tensor.shape[1]), size_argument("num_experts", experts),
+                 size_argument("shared_experts", shared), size_argument("row_tile", row_tile), tables);
+  });
+}
+
+void pad_groups(std::string_view engine_name, py::handle offsets, py::handle sorted, py::handle padded_out) {
+  MoeEngine& engine = MoeEngine::get(engine_name);
+  Context& context = engine.context();
+  const TensorView offsets_view = read_tensor(context, offsets, "offsets", 1);
+  const TensorView sorted_view = read_tensor(context, sorted, "sorted_rows", 1);
+  const TensorView padded = read_tensor(context, padded_out, "padded", 2);
+  run(engine, "pad_groups", [&](CommandStream& stream) {
+    encode_pad_groups(stream, engine, offsets_view.view(), sorted_view.view(),
+                      size_argument("experts of padded", padded.shape[0]),
+                      size_argument("capacity of padded", padded.shape[1]), padded.view());
+  });
+}
+
+void fused_experts(std::string_view engine_name, py::handle x, py::handle w1, py::handle w2, py::handle topk_weights,
+                   py::handle topk_ids, py::handle out, py::handle b1, py::handle b2, py::handle shared_w1,
+                   py::handle shared_w2, py::handle shared_weights, int activation, bool interleaved, float alpha,
+                   float limit, bool fp32_acc, const std::optional<std::string>& family) {
+  MoeEngine& engine = MoeEngine::get(engine_name);
+  Context& context = engine.context();
+  const TensorView x_view = read_tensor(context, x, "hidden_states", 2);
+  const ExpertsLayer layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation,
+                                           interleaved, alpha, limit, fp32_acc, family);
+  const TensorView weights = read_tensor(context, topk_weights, "topk_weights", 2);
+  const TensorView ids = read_tensor(context, topk_ids, "topk_ids", 2);
+  const TensorView out_view = read_tensor(context, out, "out", 2);
+  run(engine, "fused_experts", [&](CommandStream& stream) {
+    encode_experts(stream, engine, x_view, layer, ids_view(ids), weights_view(weights),
+                   size_argument("top_k of topk_ids", ids.shape[1]), out_view);
+  });
+}
+
+void fused_moe(std::string_view engine_name, py::handle x, py::handle w1, py::handle w2, py::handle logits,
+               py::handle bias, py::handle out, int64_t top_k, int scoring, uint32_t groups, uint32_t topk_groups,
+               int group_score, bool renormalize, float renormalize_epsilon, float scale, py::handle b1, py::handle b2,
+               py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation, bool interleaved,
+               float alpha, float limit, bool fp32_acc, const std::optional<std::string>& family) {
+  MoeEngine& engine = MoeEngine::get(engine_name);
+  Context& context = engine.context();
+  const TensorView x_view = read_tensor(context, x, "hidden_states", 2);
+  const ExpertsLayer layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation,
+                                           interleaved, alpha, limit, fp32_acc, family);
+  const TensorView logits_view = read_tensor(context, logits, "router_logits", 2);
+  const TensorView bias_view = read_tensor(context, bias, "correction_bias", 1, true);
+  const TensorView out_view = read_tensor(context, out, "out", 2);
+  const auto options =
+      routing_options(scoring, groups, topk_groups, group_score, renormalize, renormalize_epsilon, scale);
+  run(engine, "fused_moe", [&](CommandStream& stream) {
+    encode_fused_moe(stream, engine, x_view, layer, logits_view, bias_view, size_argument("top_k", top_k), options,
+                     out_view);
+  });
+}
+
+void gather_experts(std::string_view engine_name, py::handle weights, py::handle ids, py::handle out) {
+  MoeEngine& engine = MoeEngine::get(engine_name);
+  Context& context = engine.context();
+  const TensorView weights_view = read_tensor(context, weights, "weights", 0);
+  const TensorView ids_tensor = read_tensor(context, ids, "expert_ids", 1);
+  const TensorView out_view = read_tensor(context, out, "out", 0);
+  if (weights_view.rank == 0)
+    throw py::value_error("weights has 0 dimensions: must have at least 1");
+  run(engine, "gather_experts",
+      [&](CommandStream& stream) { encode_gather(stream, engine, weights_view, ids_tensor, out_view); });
+}
+
+std::pair<std::string, uint32_t> select(int64_t batch_size, bool use_fp32_acc, std::optional<int64_t> gate_bits,
+                                        std::optional<int64_t> up_bits, std::optional<int64_t> down_bits) {
+  const Selection selection = select_moe_kernel(batch_size, use_fp32_acc, gate_bits, up_bits, down_bits);
+  return {selection.name, selection.tile_n};
+}
+
+py::list kernels(std::string_view engine_name) {
+  MoeEngine::get(engine_name); // the library is checked against the table
+  py::list list;
+  for (const KernelEntry& entry : kernel_table()) {
+    const bool expert = entry.variant != nullptr;
+    list.append(py::dict("name"_a = entry.name, "family"_a = expert ? family_name(entry.variant->family, false) : "",
+                         "stage"_a = stage_name(entry.stage), "format"_a = expert ? "dense" : "",
+                         "dtype"_a = dtype_name(entry.dtype),
+                         "accumulation"_a = !expert ? "" : entry.fp32_accumulation ? "fp32" : "fp16",
+                         "row_tile"_a = expert ? entry.variant->row_tile : 0,
+                         "tile_n"_a = expert ? entry.variant->tile_n : 0));
+  }
+  return list;
+}
+
+py::dict last_dispatch_dict() {
+  const DispatchTrace& trace = last_dispatch();
+  py::list names;
+  for (uint32_t i = 0; i < std::min(trace.dispatches, DispatchTrace::MAX_KERNELS); ++i)
+    names.append(trace.kernels[i]);
+  return py::dict("operation"_a = trace.operation, "engine"_a = trace.engine, "family"_a = trace.family,
+                  "kernels"_a = names, "dispatches"_a = trace.dispatches, "commits"_a = trace.commits,
+                  "row_tile"_a = trace.row_tile, "tile_n"_a = trace.tile_n, "vectorized"_a = trace.vectorized);
+}
+
+py::dict device_info(std::string_view engine_name) {
+  MoeEngine& engine = MoeEngine::get(engine_name);
+  return py::dict("name"_a = engine.context().device_name(), "engine"_a = engine.context().engine(),
+                  "simd_width"_a = engine.pipeline(ROUTE_KERNEL).simd_width,
+                  "library"_a = engine.context().library().path(), "kernels"_a = kernel_table().size(),
+                  "num_threads"_a = num_threads());
+}
+
+py::dict pool_stats(std::string_view engine_name) {
+  const BufferPool::Statistics s = MoeEngine::get(engine_name).context().pool().statistics();
+  return py::dict("hits"_a = s.hits, "misses"_a = s.misses, "trimmed"_a = s.trimmed, "bytes_in_use"_a = s.bytes_in_use,
+                  "bytes_idle"_a = s.bytes_idle, "high_water"_a = s.high_water,
+                  "buffers_in_use"_a = s.buffers_in_use, "buffers_idle"_a = s.buffers_idle);
+}
+
+void checked_set_num_threads(int threads) {
+  if (threads < 1)
+    throw py::value_error("threads is " + std::to_string(threads) + ": must be at least 1");
+  set_num_threads(threads);
+}
+
+} // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Kernels and command encoding of metal_moe. Use the package metal_moe, which validates arguments.";
+  m.def("fused_topk", &fused_topk, "engine"_a, "logits"_a, "bias"_a, "weights_out"_a, "ids_out"_a, "scoring"_a,
+        "groups"_a, "topk_groups"_a, "group_score"_a, "renormalize"_a, "renormalize_epsilon"_a, "scale"_a,
+        "Routes logits [T, E] into weights_out fp32 [T, k] and ids_out int32 [T, k], both contiguous.");
+  m.def("group_tokens", &group_tokens, "engine"_a, "ids"_a, "experts"_a, "shared"_a, "row_tile"_a, "offsets_out"_a,
+        "sorted_out"_a, "inverse_out"_a, "tiles_out"_a,
+        "Sorts the assignments ids [T, k] by expert: offsets [E + shared + 1], sorted rows and inverse [T * (k + "
+        "shared)], tiles [n, 4], all int32 and contiguous.");
+  m.def("pad_groups", &pad_groups, "engine"_a, "offsets"_a, "sorted"_a, "padded_out"_a,
+        "Sorted rows as padded_out int32 [E, capacity], -1 where an expert has fewer.");
+  m.def("fused_experts", &fused_experts, "engine"_a, "x"_a, "w1"_a, "w2"_a, "topk_weights"_a, "topk_ids"_a, "out"_a,
+        "b1"_a, "b2"_a, "shared_w1"_a, "shared_w2"_a, "shared_weights"_a, "activation"_a, "interleaved"_a, "alpha"_a,
+        "limit"_a, "fp32_acc"_a, "family"_a, "The experts of a layer: out [T, H] from x [T, H].");
+  m.def("fused_moe", &fused_moe, "engine"_a, "x"_a, "w1"_a, "w2"_a, "logits"_a, "bias"_a, "out"_a, "top_k"_a,
+        "scoring"_a, "groups"_a, "topk_groups"_a, "group_score"_a, "renormalize"_a, "renormalize_epsilon"_a, "scale"_a,
+        "b1"_a, "b2"_a, "shared_w1"_a, "shared_w2"_a, "shared_weights"_a, "activation"_a, "interleaved"_a, "alpha"_a,
+        "limit"_a, "fp32_acc"_a, "family"_a, "Routing and experts of a layer in one command buffer.");
+  m.def("gather_experts", &gather_experts, "engine"_a, "weights"_a, "ids"_a, "out"_a,
+        "out [n, ...] = weights [E, ...] of the experts ids [n]; zeros where an id is out of range.");
+  m.def("select_moe_kernel", &select, "batch_size"_a, "use_fp32_acc"_a, "gate_bits"_a = py::none(),
+        "up_bits"_a = py::none(), "down_bits"_a = py::none(), "(name, tile_n) of the published selection.");
+  m.def("kernels", &kernels, "engine"_a, "The kernel table, checked against the engine's library.");
+  m.def("last_dispatch", &last_dispatch_dict, "What this thread's last operation ran.");
+  m.def("device_info", &device_info, "engine"_a);
+  m.def("pool_stats", &pool_stats, "engine"_a, "Scratch buffers: counts and bytes.");
+  m.def("pool_trim", [](std::string_view engine) { return MoeEngine::get(engine).context().pool().trim(); }, "engine"_a,
+        "Frees idle scratch buffers; returns the bytes freed.");
+  m.def("set_library_path", [](std::string path) { MoeEngine::set_library_path(std::move(path)); }, "path"_a,
+        "The metallib that engines load; before their first use.");
+  m.def("set_num_threads", &checked_set_num_threads, "threads"_a, "Threads of the native engine.");
+  m.def("get_num_threads", &num_threads);
+  m.def("set_exact_seed", &set_exact_seed, "seed"_a, "Seed of the exact engine's schedule.");
+}
+
+} // namespace metal_moe::bindings

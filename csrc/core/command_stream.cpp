@@ -1,0 +1,192 @@
+#include "command_stream.h"
+
+#include "trace.h"
+
+#include <exception>
+
+namespace metal_moe {
+
+CommandStream::CommandStream(NS::SharedPtr<MTL::CommandQueue> queue, BufferPool& pool, const Policy& policy)
+    : queue_(std::move(queue)), pool_(pool), policy_(policy) {}
+
+CommandStream::CommandStream(MTL::CommandBuffer* commands, MTL::ComputeCommandEncoder* encoder, BufferPool& pool)
+    : pool_(pool), policy_{}, encoder_(NS::RetainPtr(encoder)),
+      encoding_(std::make_unique<Submission>()) {
+  encoding_->commands = NS::RetainPtr(commands);
+}
+
+CommandStream::~CommandStream() {
+  if (!owned()) {
+    // The owner's command buffer outlives this stream: it carries the scratch.
+    if (!encoding_->scratch.empty()) {
+      auto scratch = std::make_shared<std::vector<PooledBuffer>>(std::move(encoding_->scratch));
+      encoding_->commands->addCompletedHandler(
+          MTL::HandlerFunction([scratch](MTL::CommandBuffer*) { scratch->clear(); }));
+    }
+    return;
+  }
+  discard();
+  while (!in_flight_.empty())
+    wait_for_oldest();
+}
+
+void CommandStream::open() {
+  if (!encoding_) {
+    if (spare_.empty()) {
+      encoding_ = std::make_unique<Submission>();
+    } else {
+      encoding_ = std::move(spare_.back());
+      spare_.pop_back();
+    }
+  }
+  AutoreleaseScope scope;
+  if (!encoding_->commands)
+    encoding_->commands = NS::RetainPtr(queue_->commandBuffer());
+  encoder_ = NS::RetainPtr(encoding_->commands->computeCommandEncoder());
+}
+
+void CommandStream::use(const Pipeline& pipeline) {
+  if (!encoder_)
+    open();
+  pipeline_ = &pipeline;
+  encoder_->setComputePipelineState(pipeline.state.get());
+}
+
+void CommandStream::dispatch(const MTL::Size& threadgroups, uint32_t threads, size_t bytes) {
+  if (threads > pipeline_->max_threads)
+    throw std::invalid_argument(std::string("kernel '") + pipeline_->name + "': " + std::to_string(threads) +
+                                " threads per threadgroup, the pipeline allows " +
+                                std::to_string(pipeline_->max_threads));
+  encoder_->dispatchThreadgroups(threadgroups, MTL::Size(threads, 1, 1));
+  encoding_->kernels.push_back(pipeline_->name);
+  last_dispatch().add_dispatch(pipeline_->name);
+  pending_dispatches_ += 1;
+  pending_bytes_ += bytes;
+}
+
+BufferView CommandStream::scratch(size_t bytes) {
+  if (!encoder_)
+    open();
+  encoding_->scratch.push_back(pool_.acquire(bytes));
+  return {encoding_->scratch.back().get(), 0};
+}
+
+void CommandStream::on_completed(std::function<void()> handler) {
+  if (!owned())
+    throw std::logic_error("on_completed: a borrowed stream has no completion of its own");
+  if (!encoder_)
+    open();
+  encoding_->handlers.push_back(std::move(handler));
+}
+
+void CommandStream::end_operation() {
+  if (pending_dispatches_ >= policy_.max_dispatches || pending_bytes_ >= policy_.max_bytes)
+    commit();
+}
+
+void CommandStream::commit() {
+  if (!owned() || !encoder_)
+    return;
+  while (!in_flight_.empty() && in_flight_.size() >= policy_.max_in_flight)
+    wait_for_oldest();
+  encoder_->endEncoding();
+  encoder_.reset();
+  pipeline_ = nullptr;
+  pending_dispatches_ = 0;
+  pending_bytes_ = 0;
+  auto encoded = std::move(encoding_); // dropped where Metal refuses it below
+  Submission* submission = encoded.get();
+  submission->done = false;
+  // Two words by value: fits a std::function without an allocation.
+  submission->commands->addCompletedHandler(MTL::HandlerFunction(
+      [this, submission](MTL::CommandBuffer* commands) { this->complete(*submission, commands); }));
+  submission->commands->commit();
+  in_flight_.push_back(std::move(encoded));
+  last_dispatch().commits += 1;
+}
+
+void CommandStream::complete(Submission& submission, MTL::CommandBuffer* commands) noexcept {
+  std::string error;
+  if (commands->status() == MTL::CommandBufferStatusError) {
+    AutoreleaseScope scope;
+    error = "command buffer failed";
+    for (size_t i = 0; i < submission.kernels.size(); ++i)
+      error.append(i == 0 ? " (kernels " : ", ").append(submission.kernels[i]);
+    error.append(submission.kernels.empty() ? ": " : "): ").append(describe(commands->error()));
+  }
+  for (const auto& handler : submission.handlers) {
+    try {
+      handler();
+    } catch (const std::exception& exception) {
+      if (error.empty())
+        error = std::string("completion handler: ") + exception.what();
+    } catch (...) {
+      if (error.empty())
+        error = "completion handler: unknown exception";
+    }
+  }
+  submission.scratch.clear(); // back to the pool
+  std::lock_guard lock(mutex_);
+  if (error_.empty())
+    error_ = std::move(error);
+  submission.done = true;
+  completed_.notify_all(); // with the lock held: the stream may be destroyed as soon as it is free
+}
+
+void CommandStream::wait_for_oldest() {
+  Submission& oldest = *in_flight_.front();
+  oldest.commands->waitUntilCompleted();
+  {
+    // Metal may return from the wait before it has called the handler.
+    std::unique_lock lock(mutex_);
+    completed_.wait(lock, [&] { return oldest.done; });
+  }
+  auto submission = std::move(in_flight_.front());
+  in_flight_.pop_front();
+  recycle(std::move(submission));
+}
+
+void CommandStream::recycle(std::unique_ptr<Submission> submission) {
+  submission->commands.reset();
+  submission->kernels.clear();
+  submission->scratch.clear();
+  submission->handlers.clear();
+  spare_.push_back(std::move(submission));
+}
+
+void CommandStream::synchronize() {
+  if (!owned())
+    throw std::logic_error("synchronize: a borrowed stream is waited for by its owner");
+  commit();
+  while (!in_flight_.empty())
+    wait_for_oldest();
+  std::string error;
+  {
+    std::lock_guard lock(mutex_);
+    error.swap(error_);
+  }
+  if (!error.empty())
+    throw ExecutionError(error);
+}
+
+void CommandStream::discard() noexcept {
+  if (!owned() || !encoding_)
+    return;
+  if (encoder_)
+    encoder_->endEncoding(); // Metal insists, even where the command buffer is dropped
+  encoder_.reset();
+  pipeline_ = nullptr;
+  pending_dispatches_ = 0;
+  pending_bytes_ = 0;
+  recycle(std::move(encoding_));
+}
+
+uint32_t CommandStream::in_flight() const {
+  std::lock_guard lock(mutex_);
+  uint32_t count = 0;
+  for (const auto& submission : in_flight_)
+    count += submission->done ? 0 : 1;
+  return count;
+}
+
+} // namespace metal_moe

@@ -1,0 +1,133 @@
+// Encodes dispatches into command buffers, decides when to commit, and brings back what went wrong.
+//
+// A stream is used by one thread at a time. Its dispatches run in the order in which they were encoded, each after all
+// before it.
+#pragma once
+
+#include "buffer_pool.h"
+#include "pipeline_cache.h"
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace metal_moe {
+
+/// A place in a buffer, as a kernel argument.
+struct BufferView {
+  MTL::Buffer* buffer = nullptr;
+  size_t offset = 0; // bytes
+
+  explicit operator bool() const { return buffer != nullptr; }
+};
+
+/// A command buffer failed. The message names its kernels and repeats what the device said.
+class ExecutionError : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+class CommandStream {
+public:
+  /// When an owned stream commits on its own, asked at the end of every operation (an operation is never split).
+  struct Policy {
+    /// Enough to hide the cost of a commit (tens of microseconds on a GPU) behind work; few enough that the device
+    /// starts early.
+    uint32_t max_dispatches = 64;
+    /// Bytes that the dispatches read and write: one millisecond of a fast GPU's bandwidth or so.
+    size_t max_bytes = size_t(256) << 20;
+    /// Committed and not completed command buffers; commit() waits for the oldest beyond it, so that scratch stays
+    /// bounded. Two keep a device busy, the third covers jitter.
+    uint32_t max_in_flight = 3;
+  };
+
+  /// Owned: commits to `queue`. `pool` must outlive the stream.
+  CommandStream(NS::SharedPtr<MTL::CommandQueue> queue, BufferPool& pool, const Policy& policy);
+
+  /// Borrowed: encodes into somebody's open encoder, never commits. The owner of `commands` ends the encoder, commits
+  /// and checks for errors; scratch returns to the pool when `commands` completes. The stream must be destroyed
+  /// before the owner commits.
+  CommandStream(MTL::CommandBuffer* commands, MTL::ComputeCommandEncoder* encoder, BufferPool& pool);
+
+  /// Owned: what is encoded and not committed is dropped, what is committed is waited for. Kept errors are lost.
+  ~CommandStream();
+  CommandStream(const CommandStream&) = delete;
+  CommandStream& operator=(const CommandStream&) = delete;
+
+  // One dispatch: use, then bind every argument, then dispatch. Bindings stay until replaced, but a new pipeline's
+  // arguments must all be bound again.
+  void use(const Pipeline& pipeline);
+  void bind(uint32_t index, const BufferView& view) { encoder_->setBuffer(view.buffer, view.offset, index); }
+  /// A small struct, by value (at most 4 KiB).
+  template <class T>
+  void bind_value(uint32_t index, const T& value) {
+    static_assert(sizeof(T) <= 4096);
+    encoder_->setBytes(&value, sizeof(T), index);
+  }
+  void threadgroup_memory(uint32_t index, size_t bytes) {
+    encoder_->setThreadgroupMemoryLength((bytes + 15) / 16 * 16, index); // Metal asks for multiples of 16
+  }
+  /// `threads` per threadgroup, in one dimension. `bytes`: what the dispatch reads and writes, for the commit policy.
+  /// std::invalid_argument naming the kernel where `threads` exceeds what its pipeline allows.
+  void dispatch(const MTL::Size& threadgroups, uint32_t threads, size_t bytes);
+
+  /// Scratch of at least `bytes`, not reused by anybody before the command buffer being encoded has completed.
+  BufferView scratch(size_t bytes);
+
+  /// Calls `handler` on a thread of Metal's when the command buffer being encoded has completed, failed or not. An
+  /// exception it throws is kept like an error of the device. Owned streams only.
+  void on_completed(std::function<void()> handler);
+
+  /// End of an operation: commits where the policy says so.
+  void end_operation();
+  /// Commits what is encoded, if anything. May wait for the oldest command buffer in flight.
+  void commit();
+  /// Commits, waits for everything, and throws the first error kept since the last call (ExecutionError).
+  void synchronize();
+  /// Drops what is encoded and not committed; its scratch is free at once. For the path of an exception.
+  void discard() noexcept;
+
+  bool owned() const { return static_cast<bool>(queue_); }
+  uint32_t in_flight() const;
+  /// Dispatches encoded and not committed.
+  uint32_t pending_dispatches() const { return pending_dispatches_; }
+
+private:
+  /// A command buffer and all that must live as long as it runs. Reused after completion.
+  struct Submission {
+    NS::SharedPtr<MTL::CommandBuffer> commands;
+    std::vector<const char*> kernels;
+    std::vector<PooledBuffer> scratch;
+    std::vector<std::function<void()>> handlers;
+    bool done = false; // under mutex_
+  };
+
+  void open();
+  void complete(Submission& submission, MTL::CommandBuffer* commands) noexcept; // on Metal's thread
+  void wait_for_oldest();
+  void recycle(std::unique_ptr<Submission> submission);
+
+  const NS::SharedPtr<MTL::CommandQueue> queue_;
+  BufferPool& pool_;
+  const Policy policy_;
+
+  NS::SharedPtr<MTL::ComputeCommandEncoder> encoder_;
+  const Pipeline* pipeline_ = nullptr;
+  std::unique_ptr<Submission> encoding_;
+  uint32_t pending_dispatches_ = 0;
+  size_t pending_bytes_ = 0;
+
+  std::deque<std::unique_ptr<Submission>> in_flight_; // oldest first; the stream's thread only
+  std::vector<std::unique_ptr<Submission>> spare_;
+
+  mutable std::mutex mutex_; // of `done` and `error_`
+  std::condition_variable completed_;
+  std::string error_; // first since the last synchronize
+};
+
+} // namespace metal_moe

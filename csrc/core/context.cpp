@@ -1,0 +1,80 @@
+#include "context.h"
+
+#include <stdexcept>
+
+namespace metal_moe {
+
+namespace {
+
+std::string name_of(MTL::Device* device) {
+  AutoreleaseScope scope;
+  return to_string(device->name());
+}
+
+std::string first_word(const std::string& text) { return text.substr(0, text.find(' ')); }
+
+NS::SharedPtr<MTL::Device> find_device(const std::string& name) {
+  AutoreleaseScope scope;
+  if (name.empty()) {
+    auto device = NS::TransferPtr(MTL::CreateSystemDefaultDevice());
+    if (!device)
+      throw std::invalid_argument("this machine has no Metal device");
+    return device;
+  }
+  const auto devices = NS::TransferPtr(MTL::CopyAllDevices());
+  std::string names;
+  for (NS::UInteger i = 0; i < devices->count(); ++i) {
+    auto* device = devices->object<MTL::Device>(i);
+    const std::string device_name = to_string(device->name());
+    if (first_word(device_name) == name)
+      return NS::RetainPtr(device);
+    names.append(names.empty() ? "'" : ", '").append(device_name).append("'");
+  }
+  throw std::invalid_argument("no device '" + name + "': this machine has " + (names.empty() ? "none" : names));
+}
+
+} // namespace
+
+// The exact engine exists to find mistakes: scratch is poisoned on every loan there.
+Context::Context(const std::string& device_name, std::string library_path)
+    : device_(find_device(device_name)), name_(name_of(device_.get())), engine_(first_word(name_)),
+      library_(device_.get(), std::move(library_path)), pipelines_(device_.get(), library_),
+      pool_(device_.get(), engine_ == "exact") {}
+
+std::unique_ptr<CommandStream> Context::new_stream(const CommandStream::Policy& policy) {
+  auto queue = NS::TransferPtr(device_->newCommandQueue());
+  if (!queue)
+    throw std::runtime_error("device '" + name_ + "' gives no command queue");
+  return std::make_unique<CommandStream>(std::move(queue), pool_, policy);
+}
+
+NS::SharedPtr<MTL::Buffer> Context::wrap(const void* memory, size_t bytes) const {
+  auto buffer = NS::TransferPtr(device_->newBuffer(memory, bytes, MTL::ResourceStorageModeShared, nullptr));
+  if (!buffer)
+    throw std::runtime_error("device '" + name_ + "' cannot use " + std::to_string(bytes) + " bytes of host memory in place");
+  return buffer;
+}
+
+StreamLease::StreamLease(Context& context) : context_(context) {
+  {
+    std::lock_guard lock(context_.mutex_);
+    if (!context_.idle_streams_.empty()) {
+      stream_ = std::move(context_.idle_streams_.back());
+      context_.idle_streams_.pop_back();
+      return;
+    }
+  }
+  stream_ = context_.new_stream();
+}
+
+StreamLease::~StreamLease() {
+  stream_->discard();
+  try {
+    stream_->synchronize(); // nothing is in flight unless an exception passed by, and then its error is the second one
+  } catch (const std::exception&) {
+  }
+  std::lock_guard lock(context_.mutex_);
+  context_.idle_streams_.push_back(std::move(stream_));
+}
+
+} // namespace metal_moe

@@ -1,0 +1,74 @@
+// Everything that one device needs, made once: the device itself, its kernel library, pipelines, scratch and streams.
+#pragma once
+
+#include "buffer_pool.h"
+#include "command_stream.h"
+#include "library.h"
+#include "pipeline_cache.h"
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace metal_moe {
+
+/// Thread-safe. Nothing else in the product creates Metal objects that outlive a call.
+class Context {
+public:
+  /// A context of its own for the device whose name begins with `device_name` ("native", "exact"; "" is the system's
+  /// default device), with the metallib at `library_path`. std::invalid_argument listing the devices where there is
+  /// none of that name, std::runtime_error where the library cannot be loaded.
+  Context(const std::string& device_name, std::string library_path);
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+
+  MTL::Device* device() const { return device_.get(); }
+  const Library& library() const { return library_; }
+  PipelineCache& pipelines() { return pipelines_; }
+  BufferPool& pool() { return pool_; }
+
+  /// First word of the device's name: "native", "exact", "Apple".
+  const std::string& engine() const { return engine_; }
+  /// The device's whole name.
+  const std::string& device_name() const { return name_; }
+
+  /// A new owned stream with a queue of its own.
+  std::unique_ptr<CommandStream> new_stream(const CommandStream::Policy& policy = {});
+
+  /// Memory of the caller as a buffer, in place: not copied, not owned, and to be kept until the work that uses it has
+  /// completed. `bytes` > 0. std::runtime_error where the device cannot map it.
+  NS::SharedPtr<MTL::Buffer> wrap(const void* memory, size_t bytes) const;
+
+private:
+  friend class StreamLease;
+
+  NS::SharedPtr<MTL::Device> device_;
+  const std::string name_;
+  const std::string engine_;
+  Library library_;
+  PipelineCache pipelines_;
+  BufferPool pool_;
+
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<CommandStream>> idle_streams_;
+};
+
+/// An idle owned stream of a context for the length of a synchronous call: as many exist as calls were ever in progress
+/// at once. What the call leaves uncommitted (an exception passed by) is dropped.
+class StreamLease {
+public:
+  explicit StreamLease(Context& context);
+  ~StreamLease();
+  StreamLease(const StreamLease&) = delete;
+  StreamLease& operator=(const StreamLease&) = delete;
+
+  CommandStream& operator*() const { return *stream_; }
+  CommandStream* operator->() const { return stream_.get(); }
+
+private:
+  Context& context_;
+  std::unique_ptr<CommandStream> stream_;
+};
+
+} // namespace metal_moe

@@ -1,0 +1,34 @@
+// What the last operation of this thread did: which kernels, how many dispatches and commits. Costs a few stores per
+// dispatch, so it is always on; tests and users read it to know which family ran.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace metal_moe {
+
+struct DispatchTrace {
+  /// Kernels kept by name; dispatches beyond are counted only.
+  static constexpr uint32_t MAX_KERNELS = 16;
+
+  const char* operation = ""; // "fused_moe", ...
+  const char* engine = "";
+  const char* family = ""; // of the expert kernels; empty where none ran
+  uint32_t row_tile = 0;
+  uint32_t tile_n = 0;
+  bool vectorized = false;
+  uint32_t dispatches = 0;
+  uint32_t commits = 0;
+  std::array<const char*, MAX_KERNELS> kernels{}; // in order of dispatch, static storage
+
+  void add_dispatch(const char* kernel) {
+    if (dispatches < MAX_KERNELS)
+      kernels[dispatches] = kernel;
+    ++dispatches;
+  }
+};
+
+/// The record of the calling thread's last operation.
+DispatchTrace& last_dispatch();
+
+} // namespace metal_moe

@@ -1,0 +1,275 @@
+#include "encode_experts.h"
+
+#include "encode_group.h"
+
+#include "../core/trace.h"
+#include "moe/combine.h"
+#include "moe/group.h"
+
+namespace metal_moe {
+
+namespace {
+
+/// Whether every row of a [rows..., K] tensor starts at a multiple of VECTOR_BYTES.
+bool rows_aligned(const TensorView& tensor, uint64_t row_stride) {
+  return tensor.address % VECTOR_BYTES == 0 && row_stride * tensor.item_size % VECTOR_BYTES == 0;
+}
+
+/// Both matrix products of a layer: whether kernels may read whole vectors without edge handling.
+struct Vectorized {
+  bool gate_up;
+  bool down;
+};
+
+Vectorized vectorized(const TensorView& x, const ExpertsLayer& layer, const LayerShape& shape, uint32_t x_row_stride) {
+  const bool shared = shape.shared > 0;
+  return {shape.hidden % 8 == 0 && rows_aligned(x, x_row_stride) && rows_aligned(layer.w1, shape.hidden) &&
+              (!shared || rows_aligned(layer.shared_w1, shape.hidden)),
+          shape.intermediate % 8 == 0 && rows_aligned(layer.w2, shape.intermediate) &&
+              (!shared || (shape.shared_intermediate % 8 == 0 && rows_aligned(layer.shared_w2, shape.shared_intermediate)))};
+}
+
+/// Why `simd` cannot run a layer that is not vectorised.
+[[noreturn]] void throw_unaligned(const TensorView& x, const ExpertsLayer& layer, const LayerShape& shape,
+                                  uint32_t x_row_stride) {
+  std::string problem;
+  const auto size = [&](const char* argument, const char* name, uint32_t value) {
+    if (problem.empty() && value % 8 != 0)
+      problem = std::string(argument) + " has " + name + " = " + std::to_string(value) + ", not a multiple of 8";
+  };
+  const auto rows = [&](const char* argument, const TensorView& tensor, uint64_t row_stride) {
+    if (problem.empty() && !rows_aligned(tensor, row_stride))
+      problem = std::string(argument) + " has rows that do not start at multiples of " +
+                std::to_string(VECTOR_BYTES) + " bytes";
+  };
+  size("hidden_states", "H", shape.hidden);
+  size("w2", "I", shape.intermediate);
+  if (shape.shared > 0)
+    size("shared_w2", "I", shape.shared_intermediate);
+  rows("hidden_states", x, x_row_stride);
+  rows("w1", layer.w1, shape.hidden);
+  rows("w2", layer.w2, shape.intermediate);
+  if (shape.shared > 0) {
+    rows("shared_w1", layer.shared_w1, shape.hidden);
+    rows("shared_w2", layer.shared_w2, shape.shared_intermediate);
+  }
+  throw std::invalid_argument("kernel is 'moe_simd', but " + problem);
+}
+
+/// What the dispatches of a layer have in common.
+struct Encoding {
+  CommandStream& stream;
+  MoeEngine& engine;
+  const ExpertsPlan& plan;
+  const TensorView& x;
+  const ExpertsLayer& layer;
+  const SlotsView& ids;
+  const SlotsView& weights;
+  SlotsView shared_weights;
+  const TensorView& out;
+  Vectorized vectorized;
+  ExpertsArgs args;
+
+  void decode();
+  void grouped();
+
+  void gate_up_weights();
+  void down_weights(uint32_t first_index);
+  /// `view`, or where it is absent any buffer: every argument of a kernel must be bound.
+  BufferView or_any(const TensorView& view) const { return view ? view.view() : layer.w1.view(); }
+  size_t activation_bytes() const { return size_t(plan.rows) * plan.shape.hidden * x.item_size + plan.h_bytes; }
+};
+
+void Encoding::gate_up_weights() {
+  stream.bind(1, layer.w1.view());
+  stream.bind(2, or_any(layer.shared_w1));
+  stream.bind(3, or_any(layer.bias1));
+  args.has_bias = bool(layer.bias1);
+  args.vectorized = vectorized.gate_up;
+}
+
+void Encoding::down_weights(uint32_t first_index) {
+  stream.bind(first_index, layer.w2.view());
+  stream.bind(first_index + 1, or_any(layer.shared_w2));
+  stream.bind(first_index + 2, or_any(layer.bias2));
+  args.has_bias = bool(layer.bias2);
+  args.vectorized = vectorized.down;
+}
+
+void Encoding::decode() {
+  const LayerShape& shape = plan.shape;
+  const BufferView h = stream.scratch(plan.h_bytes);
+
+  const Pipeline& gate_up = engine.pipeline(plan.gate_up);
+  const uint32_t threads = simdgroups(GEMV_SIMDGROUPS, gate_up.simd_width) * gate_up.simd_width;
+  stream.use(gate_up);
+  stream.bind(0, x.view());
+  gate_up_weights();
+  stream.bind(4, ids.view);
+  stream.bind(5, h);
+  stream.bind_value(6, args);
+  stream.dispatch(MTL::Size(plan.gate_up_blocks, plan.slots, shape.tokens), threads,
+                  plan.gate_up_weight_bytes + activation_bytes());
+
+  stream.use(engine.pipeline(plan.down));
+  stream.bind(0, h);
+  down_weights(1);
+  stream.bind(4, ids.view);
+  stream.bind(5, weights.view);
+  stream.bind(6, shared_weights.view);
+  stream.bind(7, out.view());
+  stream.bind_value(8, args);
+  stream.dispatch(MTL::Size(plan.down_blocks, shape.tokens, 1), threads,
+                  plan.down_weight_bytes + activation_bytes());
+}
+
+void Encoding::grouped() {
+  const LayerShape& shape = plan.shape;
+  GroupTables tables;
+  tables.offsets = stream.scratch((size_t(shape.experts) + shape.shared + 1) * sizeof(uint32_t));
+  tables.sorted_rows = stream.scratch(size_t(plan.rows) * sizeof(uint32_t));
+  tables.inverse = stream.scratch(size_t(plan.rows) * sizeof(uint32_t));
+  tables.tiles = stream.scratch(size_t(plan.tiles) * sizeof(RowTile));
+  tables.max_tiles = plan.tiles;
+  encode_group(stream, engine, ids, shape.tokens, shape.top_k, shape.experts, shape.shared, plan.variant->row_tile,
+               tables);
+
+  const uint32_t wanted_simdgroups = plan.family == Family::Prefill4 ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS;
+  const BufferView h = stream.scratch(plan.h_bytes);
+  const Pipeline& gate_up = engine.pipeline(plan.gate_up);
+  const uint32_t threads = simdgroups(wanted_simdgroups, gate_up.simd_width) * gate_up.simd_width;
+  stream.use(gate_up);
+  stream.bind(0, x.view());
+  gate_up_weights();
+  stream.bind(4, tables.sorted_rows);
+  stream.bind(5, tables.tiles);
+  stream.bind(6, h);
+  stream.bind_value(7, args);
+  if (plan.gate_up_memory)
+    stream.threadgroup_memory(0, plan.gate_up_memory);
+  stream.dispatch(MTL::Size(plan.tiles, plan.gate_up_blocks, 1), threads,
+                  plan.gate_up_weight_bytes + activation_bytes());
+
+  const BufferView y = stream.scratch(plan.y_bytes);
+  args.out_row_stride = shape.hidden;
+  stream.use(engine.pipeline(plan.down));
+  stream.bind(0, h);
+  down_weights(1);
+  stream.bind(4, tables.tiles);
+  stream.bind(5, y);
+  stream.bind_value(6, args);
+  if (plan.down_memory)
+    stream.threadgroup_memory(0, plan.down_memory);
+  stream.dispatch(MTL::Size(plan.tiles, plan.down_blocks, 1), threads,
+                  plan.down_weight_bytes + plan.h_bytes + plan.y_bytes);
+
+  CombineArgs combine{};
+  combine.tokens = shape.tokens;
+  combine.hidden = shape.hidden;
+  combine.top_k = shape.top_k;
+  combine.shared = shape.shared;
+  combine.weights_token_stride = weights.token_stride;
+  combine.weights_slot_stride = weights.slot_stride;
+  combine.weights_type = weights.type;
+  combine.has_shared_weights = args.has_shared_weights;
+  combine.shared_token_stride = shared_weights.token_stride;
+  combine.shared_slot_stride = shared_weights.slot_stride;
+  combine.shared_type = shared_weights.type;
+  combine.out_row_stride = shape.hidden;
+  const Pipeline& pipeline = engine.pipeline(plan.combine);
+  const uint32_t combine_threads = simdgroups(COMBINE_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width;
+  stream.use(pipeline);
+  stream.bind(0, y);
+  stream.bind(1, tables.inverse);
+  stream.bind(2, weights.view);
+  stream.bind(3, shared_weights.view);
+  stream.bind(4, out.view());
+  stream.bind_value(5, combine);
+  // A one-thread simdgroup takes a whole row: splitting it would only split a loop that the compiler vectorises.
+  const uint32_t column_blocks =
+      pipeline.simd_width == 1 ? 1 : ceil_div(shape.hidden, combine_threads * COMBINE_COLUMNS);
+  stream.dispatch(MTL::Size(column_blocks, shape.tokens, 1), combine_threads,
+                  plan.y_bytes + size_t(shape.tokens) * shape.hidden * x.item_size);
+}
+
+} // namespace
+
+LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t top_k) {
+  LayerShape shape;
+  shape.tokens = size_argument("tokens of hidden_states", x.shape[0]);
+  shape.hidden = size_argument("hidden size of hidden_states", x.shape[1]);
+  shape.experts = size_argument("experts of w2", layer.w2.shape[0]);
+  shape.intermediate = size_argument("intermediate size of w2", layer.w2.shape[2]);
+  shape.top_k = size_argument("top_k", top_k);
+  if (layer.shared_w2) {
+    shape.shared = size_argument("experts of shared_w2", layer.shared_w2.shape[0]);
+    shape.shared_intermediate = size_argument("intermediate size of shared_w2", layer.shared_w2.shape[2]);
+  }
+  shape.dtype = x.dtype;
+  shape.gated = layer.activation != ACTIVATION_RELU2;
+  return shape;
+}
+
+void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
+                    const SlotsView& ids, const SlotsView& weights, uint32_t top_k, const TensorView& out) {
+  const LayerShape shape = layer_shape(x, layer, top_k);
+  const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16;
+  const Family family = layer.family ? parse_family(*layer.family, fp32_accumulation)
+                                     : select_family(engine.tuning(), shape.tokens);
+  if (shape.tokens == 0)
+    return;
+  const ExpertsPlan plan = plan_experts(engine.tuning(), family, shape, fp32_accumulation);
+
+  ExpertsArgs args{};
+  args.tokens = shape.tokens;
+  args.hidden = shape.hidden;
+  args.intermediate = shape.intermediate;
+  args.shared_intermediate = shape.shared_intermediate;
+  args.experts = shape.experts;
+  args.shared = shape.shared;
+  args.top_k = shape.top_k;
+  // One row has no stride of its own: the row length keeps it aligned.
+  args.x_row_stride =
+      shape.tokens > 1 ? size_argument("row stride of hidden_states", x.strides[0]) : shape.hidden;
+  args.h_row_stride = plan.h_row_stride;
+  args.out_row_stride = shape.hidden;
+  args.ids_token_stride = ids.token_stride;
+  args.ids_slot_stride = ids.slot_stride;
+  args.id_words = ids.type;
+  args.weights_token_stride = weights.token_stride;
+  args.weights_slot_stride = weights.slot_stride;
+  args.weights_type = weights.type;
+  SlotsView shared_weights{weights.view};
+  if (layer.shared_weights) {
+    shared_weights = {layer.shared_weights.view(), stride_argument("token stride of shared_weights", layer.shared_weights, 0),
+                      stride_argument("slot stride of shared_weights", layer.shared_weights, 1),
+                      static_cast<uint32_t>(layer.shared_weights.dtype)};
+    args.has_shared_weights = 1;
+  }
+  args.shared_token_stride = shared_weights.token_stride;
+  args.shared_slot_stride = shared_weights.slot_stride;
+  args.shared_type = shared_weights.type;
+  args.interleaved = layer.interleaved;
+  args.activation = layer.activation;
+  args.alpha = layer.alpha;
+  args.limit = layer.limit;
+  args.tiles = plan.tiles;
+
+  const Vectorized aligned = vectorized(x, layer, shape, args.x_row_stride);
+  if (family == Family::Simd && !(aligned.gate_up && aligned.down))
+    throw_unaligned(x, layer, shape, args.x_row_stride);
+
+  DispatchTrace& trace = last_dispatch();
+  trace.family = family_name(family, plan.fp32_accumulation);
+  trace.row_tile = plan.variant->row_tile;
+  trace.tile_n = plan.variant->tile_n;
+  trace.vectorized = aligned.gate_up && aligned.down;
+
+  Encoding encoding{stream, engine, plan, x, layer, ids, weights, shared_weights, out, aligned, args};
+  if (plan.grouped)
+    encoding.grouped();
+  else
+    encoding.decode();
+}
+
+} // namespace metal_moe

@@ -1,0 +1,38 @@
+// Encodes the experts of a layer: group, gate_up, down and combine, or gate_up and down for decode.
+#pragma once
+
+#include "engine.h"
+#include "plan.h"
+
+#include <optional>
+
+namespace metal_moe {
+
+/// Weights and options of the experts, shapes as fused_experts of the Python package documents them. Absent tensors are
+/// empty views.
+struct ExpertsLayer {
+  TensorView w1;        // [E, 2I, H], relu2: [E, I, H]
+  TensorView w2;        // [E, H, I]
+  TensorView bias1;     // [E, 2I] or [E, I]
+  TensorView bias2;     // [E, H]
+  TensorView shared_w1; // [N, 2Is, H] or [N, Is, H]
+  TensorView shared_w2; // [N, H, Is]
+  TensorView shared_weights; // [T, N]; absent: 1
+  Activation activation = ACTIVATION_SILU;
+  bool interleaved = false;
+  float alpha = 1.702f;
+  float limit = 7.0f;
+  bool fp32_accumulation = true;
+  std::optional<std::string_view> family; // by name; none: chosen by the number of tokens
+};
+
+/// Sizes of a layer for hidden states x [T, H] and top_k experts per token.
+LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t top_k);
+
+/// out [T, H] = sum over slots of weight * expert(x). `ids` and `weights` are [T, top_k]. Records the family in
+/// last_dispatch(). std::invalid_argument naming the argument where the layer asks for a family that cannot run it.
+/// No dispatch for T = 0.
+void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
+                    const SlotsView& ids, const SlotsView& weights, uint32_t top_k, const TensorView& out);
+
+} // namespace metal_moe

@@ -1,0 +1,58 @@
+#include "engine.h"
+
+#include <atomic>
+#include <memory>
+
+namespace metal_moe {
+
+namespace {
+
+/// Engines by name. A list that only grows: readers walk it without a lock. Never freed, as threads may still run
+/// kernels while static objects are destroyed.
+struct Node {
+  std::string name;
+  MoeEngine engine;
+  const Node* next;
+};
+
+std::atomic<Node*> engines{nullptr};
+std::mutex mutex; // of making one, and of the path
+
+std::string& library_path() {
+  static auto* path = new std::string;
+  return *path;
+}
+
+Node* find(std::string_view name) {
+  for (Node* node = engines.load(std::memory_order_acquire); node; node = const_cast<Node*>(node->next))
+    if (node->name == name)
+      return node;
+  return nullptr;
+}
+
+} // namespace
+
+MoeEngine::MoeEngine(const std::string& device_name, std::string path)
+    : context_(device_name, std::move(path)), tuning_(tuning_for(context_.engine())) {
+  check_kernel_table(context_.library().function_names(), context_.library().path());
+}
+
+MoeEngine& MoeEngine::get(std::string_view name) {
+  if (Node* node = find(name))
+    return node->engine;
+  std::lock_guard lock(mutex);
+  if (Node* node = find(name))
+    return node->engine; // another thread was first
+  if (library_path().empty())
+    throw std::runtime_error("no kernel library: set_library_path was not called");
+  auto* node = new Node{std::string(name), MoeEngine(std::string(name), library_path()), engines.load()};
+  engines.store(node, std::memory_order_release);
+  return node->engine;
+}
+
+void MoeEngine::set_library_path(std::string path) {
+  std::lock_guard lock(mutex);
+  library_path() = std::move(path);
+}
+
+} // namespace metal_moe

@@ -1,0 +1,70 @@
+#include "kernel_select.h"
+
+#include <algorithm>
+
+namespace metal_moe {
+
+namespace {
+
+void check_bits(const char* name, std::optional<int64_t> bits) {
+  if (bits && *bits != 16 && *bits != 32)
+    throw std::invalid_argument(std::string(name) + " is " + std::to_string(*bits) + ": must be None, 16 or 32 (dense)");
+}
+
+} // namespace
+
+Family select_family(const Tuning& tuning, uint32_t tokens) {
+  if (tokens <= tuning.decode_tokens)
+    return Family::Decode;
+  if (tokens <= tuning.prefill4_tokens)
+    return Family::Prefill4;
+  if (tokens <= tuning.base_tokens)
+    return Family::Base;
+  return Family::LargeBatch;
+}
+
+uint32_t select_variant(const Tuning& tuning, Family family, uint64_t routed_rows, uint32_t experts) {
+  uint32_t variant = 0;
+  while (VARIANTS[variant].family != family)
+    ++variant;
+  const double wanted = tuning.row_tile_per_mean_rows * static_cast<double>(routed_rows) / std::max(experts, 1u);
+  while (VARIANTS[variant].row_tile < wanted && variant + 1 < VARIANTS.size() &&
+         VARIANTS[variant + 1].family == family)
+    ++variant;
+  return variant;
+}
+
+Selection select_moe_kernel(int64_t batch_size, bool use_fp32_acc, std::optional<int64_t> gate_bits,
+                            std::optional<int64_t> up_bits, std::optional<int64_t> down_bits) {
+  if (batch_size < 0)
+    throw std::invalid_argument("batch_size is " + std::to_string(batch_size) + ": must not be negative");
+  check_bits("gate_bits", gate_bits);
+  check_bits("up_bits", up_bits);
+  check_bits("down_bits", down_bits);
+  const Tuning published;
+  const auto tokens = static_cast<uint32_t>(std::min<int64_t>(batch_size, UINT32_MAX));
+  const Family family = select_family(published, tokens);
+  return {family_name(family, use_fp32_acc), VARIANTS[select_variant(published, family, 0, 1)].tile_n};
+}
+
+Family parse_family(std::string_view name, bool fp32_accumulation) {
+  constexpr std::string_view prefix = "moe_";
+  std::string names;
+  for (uint32_t i = 0; i < FAMILIES; ++i) {
+    const auto family = static_cast<Family>(i);
+    for (bool fp32 : {false, true}) {
+      const std::string_view full = family_name(family, fp32);
+      if (name != full && name != full.substr(prefix.size())) {
+        names.append(names.empty() ? "'" : ", '").append(full).append("'");
+        continue;
+      }
+      if (fp32 && !fp32_accumulation)
+        throw std::invalid_argument("kernel is '" + std::string(name) +
+                                    "', which accumulates in fp32, but use_fp32_acc is False");
+      return family;
+    }
+  }
+  throw std::invalid_argument("kernel is '" + std::string(name) + "': must be one of " + names);
+}
+
+} // namespace metal_moe

@@ -1,0 +1,32 @@
+// Which family computes the experts of a layer.
+#pragma once
+
+#include "kernel_table.h"
+#include "tuning.h"
+
+#include <optional>
+#include <string_view>
+
+namespace metal_moe {
+
+struct Selection {
+  const char* name; // "moe_decode_fp32acc"
+  uint32_t tile_n;
+};
+
+/// The published selection: family by number of tokens, name and output columns per threadgroup. Bits: none, 16 or 32
+/// for dense weights. std::invalid_argument for a negative batch size and for other bits.
+Selection select_moe_kernel(int64_t batch_size, bool use_fp32_acc, std::optional<int64_t> gate_bits,
+                            std::optional<int64_t> up_bits, std::optional<int64_t> down_bits);
+
+/// Family for `tokens` tokens.
+Family select_family(const Tuning& tuning, uint32_t tokens);
+
+/// Family that a user asked for by name: "moe_base", "base", either with "_fp32acc". std::invalid_argument listing the
+/// names where there is none, or where the suffix asks for another accumulation than `fp32_accumulation`.
+Family parse_family(std::string_view name, bool fp32_accumulation);
+
+/// Index into VARIANTS: the family at the row tile that suits `routed_rows` rows spread over `experts`.
+uint32_t select_variant(const Tuning& tuning, Family family, uint64_t routed_rows, uint32_t experts);
+
+} // namespace metal_moe

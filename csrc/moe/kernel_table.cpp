@@ -1,0 +1,103 @@
+#include "kernel_table.h"
+
+#include "../core/pipeline_cache.h"
+
+#include <algorithm>
+#include <iterator>
+
+namespace metal_moe {
+
+static_assert(KERNELS <= PipelineCache::CAPACITY);
+
+namespace {
+
+constexpr const char* FAMILY_NAMES[FAMILIES][2] = {{"moe_decode", "moe_decode_fp32acc"},
+                                                   {"moe_prefill4", "moe_prefill4_fp32acc"},
+                                                   {"moe_base", "moe_base_fp32acc"},
+                                                   {"moe_large_batch", "moe_large_batch_fp32acc"},
+                                                   {"moe_simd", "moe_simd_fp32acc"}};
+constexpr const char* STAGE_NAMES[] = {"gate_up", "up", "down", "route", "group", "pad_groups", "combine",
+                                       "gather_experts"};
+constexpr Dtype FLOATS[] = {Dtype::Fp32, Dtype::Fp16, Dtype::Bf16};
+
+/// "gate_up_large_batch_fp32acc_m16_bf16": stage, family, accumulation, row tile, dtype.
+std::string expert_kernel_name(Stage stage, const Variant& variant, Dtype dtype, bool fp32_accumulation) {
+  const std::string family = family_name(variant.family, fp32_accumulation);
+  return std::string(stage_name(stage)) + family.substr(sizeof("moe") - 1) + variant.row_suffix + "_" +
+         dtype_name(dtype);
+}
+
+std::vector<KernelEntry> build_table() {
+  std::vector<KernelEntry> table(KERNELS);
+  for (uint32_t variant = 0; variant < VARIANTS.size(); ++variant)
+    for (Stage stage : {Stage::GateUp, Stage::Up, Stage::Down}) {
+      const auto add = [&](Dtype dtype, bool fp32) {
+        table[expert_kernel(variant, stage, dtype, fp32)] = {
+            expert_kernel_name(stage, VARIANTS[variant], dtype, fp32), stage, &VARIANTS[variant], dtype, fp32};
+      };
+      for (Dtype dtype : FLOATS)
+        add(dtype, true);
+      add(Dtype::Fp16, false);
+    }
+  for (auto [index, stage] : {std::pair{ROUTE_KERNEL, Stage::Route},
+                              {GROUP_KERNEL, Stage::Group},
+                              {PAD_GROUPS_KERNEL, Stage::PadGroups},
+                              {GATHER_KERNEL, Stage::Gather}})
+    table[index] = {stage_name(stage), stage, nullptr, Dtype::Other, false};
+  for (Dtype dtype : FLOATS)
+    table[combine_kernel(dtype)] = {std::string("combine_") + dtype_name(dtype), Stage::Combine, nullptr, dtype, false};
+  return table;
+}
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names)
+    text.append(text.empty() ? "" : ", ").append(name);
+  return text;
+}
+
+} // namespace
+
+std::span<const KernelEntry> kernel_table() {
+  static const std::vector<KernelEntry> table = build_table();
+  return table;
+}
+
+const char* family_name(Family family, bool fp32_accumulation) {
+  return FAMILY_NAMES[static_cast<uint32_t>(family)][fp32_accumulation];
+}
+
+const char* stage_name(Stage stage) { return STAGE_NAMES[static_cast<uint32_t>(stage)]; }
+
+const char* dtype_name(Dtype dtype) {
+  switch (dtype) {
+  case Dtype::Fp32:
+    return "fp32";
+  case Dtype::Fp16:
+    return "fp16";
+  case Dtype::Bf16:
+    return "bf16";
+  default:
+    return "";
+  }
+}
+
+void check_kernel_table(std::span<const std::string> function_names, const std::string& library) {
+  std::vector<std::string> expected, present(function_names.begin(), function_names.end()), missing, unknown;
+  for (const KernelEntry& entry : kernel_table())
+    expected.push_back(entry.name);
+  std::sort(expected.begin(), expected.end());
+  std::sort(present.begin(), present.end());
+  std::set_difference(expected.begin(), expected.end(), present.begin(), present.end(), std::back_inserter(missing));
+  std::set_difference(present.begin(), present.end(), expected.begin(), expected.end(), std::back_inserter(unknown));
+  if (missing.empty() && unknown.empty())
+    return;
+  std::string message = "kernel library '" + library + "' does not match the kernel table";
+  if (!missing.empty())
+    message += "; missing: " + joined(missing);
+  if (!unknown.empty())
+    message += "; not in the table: " + joined(unknown);
+  throw std::runtime_error(message);
+}
+
+} // namespace metal_moe

@@ -1,0 +1,86 @@
+// The one list of kernels: what exists, what each is for, and the number under which its pipeline is cached.
+// Selection, encoding, the listing for users and the tests read it; it is checked against the compiled library when an
+// engine is made.
+#pragma once
+
+#include "types.h"
+
+#include "moe/experts.h"
+
+#include <array>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace metal_moe {
+
+/// How the experts of a layer are computed; see the table of families in docs/architecture.md.
+enum class Family : uint8_t { Decode, Prefill4, Base, LargeBatch, Simd };
+constexpr uint32_t FAMILIES = 5;
+
+enum class Stage : uint8_t { GateUp, Up, Down, Route, Group, PadGroups, Combine, Gather };
+
+/// A family at one row tile: what the expert kernels are compiled for.
+struct Variant {
+  Family family;
+  uint32_t row_tile; // rows of one expert per threadgroup
+  uint32_t tile_n;   // output columns per threadgroup
+  uint32_t k_bytes;  // of K staged in threadgroup memory at a time; 0: none is used
+  bool stages_weights;
+  const char* row_suffix; // in kernel names, where a family has several row tiles
+};
+
+/// In order of family, then row tile.
+constexpr std::array<Variant, 8> VARIANTS{{
+    {Family::Decode, 1, GEMV_TILE_N, 0, false, ""},
+    {Family::Prefill4, PREFILL4_ROW_TILE, GEMV_TILE_N, 0, false, ""},
+    {Family::Base, BASE_ROW_TILE, BASE_TILE_N, BASE_K_BYTES, true, ""},
+    {Family::LargeBatch, 16, LARGE_BATCH_TILE_N, LARGE_BATCH_K_BYTES, true, "_m16"},
+    {Family::LargeBatch, 32, LARGE_BATCH_TILE_N, LARGE_BATCH_K_BYTES, true, "_m32"},
+    {Family::Simd, 8, SIMD_TILE_N, SIMD_K_BYTES, false, "_m8"},
+    {Family::Simd, 16, SIMD_TILE_N, SIMD_K_BYTES, false, "_m16"},
+    {Family::Simd, 32, SIMD_TILE_N, SIMD_K_BYTES, false, "_m32"},
+}};
+
+struct KernelEntry {
+  std::string name;
+  Stage stage;
+  const Variant* variant; // null: not an expert kernel
+  Dtype dtype;            // Other: any
+  bool fp32_accumulation; // expert kernels only
+};
+
+/// A place in the table; also the pipeline's number.
+using KernelIndex = uint32_t;
+
+constexpr KernelIndex EXPERT_STAGES = 3;    // GateUp, Up, Down
+constexpr KernelIndex EXPERT_PRECISIONS = 4; // fp32, fp16, bf16 with fp32 accumulation; fp16 with fp16 accumulation
+constexpr KernelIndex EXPERT_KERNELS = VARIANTS.size() * EXPERT_STAGES * EXPERT_PRECISIONS;
+constexpr KernelIndex ROUTE_KERNEL = EXPERT_KERNELS;
+constexpr KernelIndex GROUP_KERNEL = EXPERT_KERNELS + 1;
+constexpr KernelIndex PAD_GROUPS_KERNEL = EXPERT_KERNELS + 2;
+constexpr KernelIndex GATHER_KERNEL = EXPERT_KERNELS + 3;
+constexpr KernelIndex COMBINE_KERNELS = EXPERT_KERNELS + 4; // fp32, fp16, bf16
+constexpr KernelIndex KERNELS = COMBINE_KERNELS + 3;
+
+/// Kernel of a variant (index into VARIANTS), an expert stage and a dtype. fp16 accumulation exists for fp16 only.
+constexpr KernelIndex expert_kernel(uint32_t variant, Stage stage, Dtype dtype, bool fp32_accumulation) {
+  const uint32_t precision = fp32_accumulation ? static_cast<uint32_t>(dtype) : 3;
+  return (variant * EXPERT_STAGES + static_cast<uint32_t>(stage)) * EXPERT_PRECISIONS + precision;
+}
+constexpr KernelIndex combine_kernel(Dtype dtype) { return COMBINE_KERNELS + static_cast<uint32_t>(dtype); }
+
+/// All kernels by index. The strings live as long as the program.
+std::span<const KernelEntry> kernel_table();
+
+/// "moe_decode", ...; with "_fp32acc" for fp32 accumulation.
+const char* family_name(Family family, bool fp32_accumulation);
+const char* stage_name(Stage stage);
+/// "fp32", "fp16", "bf16"; "" for every other.
+const char* dtype_name(Dtype dtype);
+
+/// Compares the table with the functions of a compiled library. std::runtime_error naming what is in one and not in
+/// the other, and `library`.
+void check_kernel_table(std::span<const std::string> function_names, const std::string& library);
+
+} // namespace metal_moe

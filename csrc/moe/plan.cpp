@@ -1,0 +1,69 @@
+#include "plan.h"
+
+#include "moe/group.h"
+
+#include <algorithm>
+
+namespace metal_moe {
+
+namespace {
+
+void check_grouping(const LayerShape& shape, uint64_t rows) {
+  if (rows > GROUP_MAX_ASSIGNMENTS)
+    throw std::invalid_argument("topk_ids: " + std::to_string(shape.tokens) + " tokens of " +
+                                std::to_string(shape.top_k + shape.shared) + " experts each are " +
+                                std::to_string(rows) + " assignments: the limit is " +
+                                std::to_string(GROUP_MAX_ASSIGNMENTS));
+  if (shape.experts + shape.shared > GROUP_MAX_EXPERTS)
+    throw std::invalid_argument("w1: " + std::to_string(shape.experts) + " experts and " +
+                                std::to_string(shape.shared) + " shared ones: the limit is " +
+                                std::to_string(GROUP_MAX_EXPERTS) + " together");
+}
+
+} // namespace
+
+ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& shape, bool fp32_accumulation) {
+  const uint64_t rows = uint64_t(shape.tokens) * (shape.top_k + shape.shared);
+  ExpertsPlan plan{};
+  plan.shape = shape;
+  plan.family = family;
+  plan.fp32_accumulation = fp32_accumulation || shape.dtype != Dtype::Fp16;
+  plan.grouped = family != Family::Decode;
+  if (plan.grouped)
+    check_grouping(shape, rows);
+
+  const uint32_t variant = select_variant(tuning, family, uint64_t(shape.tokens) * shape.top_k, shape.experts);
+  plan.variant = &VARIANTS[variant];
+  plan.gate_up =
+      expert_kernel(variant, shape.gated ? Stage::GateUp : Stage::Up, shape.dtype, plan.fp32_accumulation);
+  plan.down = expert_kernel(variant, Stage::Down, shape.dtype, plan.fp32_accumulation);
+  plan.combine = combine_kernel(shape.dtype);
+
+  plan.slots = shape.top_k + shape.shared;
+  plan.rows = size_argument("tokens * (top_k + shared experts)", static_cast<int64_t>(rows));
+  plan.tiles = plan.grouped ? max_row_tiles(plan.rows, plan.variant->row_tile, shape.experts + shape.shared) : 0;
+
+  const uint32_t widest = std::max(shape.intermediate, shape.shared_intermediate);
+  const uint32_t tile_n = plan.variant->tile_n;
+  // 8 elements of any dtype are whole vectors: rows of h stay aligned.
+  plan.h_row_stride = size_argument("the intermediate size", ceil_div(widest, 8) * int64_t(8));
+  plan.gate_up_blocks = ceil_div(widest, tile_n);
+  plan.down_blocks = ceil_div(shape.hidden, tile_n);
+  if (plan.variant->k_bytes) {
+    const uint32_t weight_rows = plan.variant->stages_weights ? tile_n : 0;
+    plan.gate_up_memory = gemm_threadgroup_bytes(plan.variant->row_tile, weight_rows * (shape.gated ? 2 : 1),
+                                                 plan.variant->k_bytes);
+    plan.down_memory = gemm_threadgroup_bytes(plan.variant->row_tile, weight_rows, plan.variant->k_bytes);
+  }
+
+  const size_t item = shape.dtype == Dtype::Fp32 ? 4 : 2;
+  plan.h_bytes = size_t(plan.rows) * plan.h_row_stride * item;
+  plan.y_bytes = plan.grouped ? size_t(plan.rows) * shape.hidden * sizeof(float) : 0;
+  const size_t chosen = std::min<uint64_t>(uint64_t(shape.tokens) * shape.top_k, shape.experts);
+  plan.down_weight_bytes =
+      (chosen * shape.intermediate + size_t(shape.shared) * shape.shared_intermediate) * shape.hidden * item;
+  plan.gate_up_weight_bytes = plan.down_weight_bytes * (shape.gated ? 2 : 1);
+  return plan;
+}
+
+} // namespace metal_moe

@@ -1,0 +1,59 @@
+// Which dispatches compute the experts of a layer, and the scratch between them. Pure arithmetic on sizes: everything
+// that encoding needs to know is decided here.
+#pragma once
+
+#include "kernel_select.h"
+
+namespace metal_moe {
+
+/// The sizes of a layer.
+struct LayerShape {
+  uint32_t tokens = 0;
+  uint32_t hidden = 0;
+  uint32_t intermediate = 0;
+  uint32_t experts = 0;
+  uint32_t top_k = 0;
+  uint32_t shared = 0;              // shared experts
+  uint32_t shared_intermediate = 0; // 0 where there are none
+  Dtype dtype = Dtype::Fp32;
+  bool gated = true;
+};
+
+struct ExpertsPlan {
+  LayerShape shape;
+  Family family;
+  const Variant* variant;
+  bool fp32_accumulation;
+  bool grouped; // rows in expert order: group and combine run too
+
+  KernelIndex gate_up;
+  KernelIndex down;
+  KernelIndex combine; // grouped
+
+  uint32_t slots;          // of a token: top_k + shared
+  uint32_t rows;           // S = tokens * slots
+  uint32_t tiles;          // grouped: elements of the tile table
+  uint32_t h_row_stride;   // elements
+  uint32_t gate_up_blocks; // column blocks of the grid
+  uint32_t down_blocks;
+  uint32_t gate_up_memory; // threadgroup memory, bytes; 0: none
+  uint32_t down_memory;
+  size_t h_bytes;
+  size_t y_bytes; // grouped
+  /// Weights, read once, of as many experts as can be chosen: what the commit policy counts.
+  size_t gate_up_weight_bytes;
+  size_t down_weight_bytes;
+};
+
+/// Row tiles of `rows` rows in groups of at most `row_tile`, with rows of at most `experts` experts: the most there can
+/// be, whatever the routing.
+constexpr uint32_t max_row_tiles(uint32_t rows, uint32_t row_tile, uint32_t experts) {
+  const uint64_t used = experts < rows ? experts : rows;
+  return static_cast<uint32_t>((rows + used * (row_tile - 1)) / row_tile);
+}
+
+/// Plan for `family`. `fp32_accumulation` is raised where the dtype has no other. std::invalid_argument naming the
+/// argument where a size is beyond what the grouping kernel takes.
+ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& shape, bool fp32_accumulation);
+
+} // namespace metal_moe

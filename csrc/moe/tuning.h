@@ -1,0 +1,23 @@
+// Where one family takes over from another, per device.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace metal_moe {
+
+struct Tuning {
+  // Largest number of tokens of each family; beyond the last it is large_batch. The defaults are the published table of
+  // select_moe_kernel.
+  uint32_t decode_tokens = 1;
+  uint32_t prefill4_tokens = 16;
+  uint32_t base_tokens = 32;
+  /// large_batch and simd take the smallest row tile of at least this many times the mean rows per expert: below 1
+  /// weights are read more than once, above it rows are multiplied that do not exist.
+  float row_tile_per_mean_rows = 1.0f;
+};
+
+/// What holds on the device whose engine is `engine` (Context::engine).
+const Tuning& tuning_for(const std::string& engine);
+
+} // namespace metal_moe
