@@ -58,6 +58,8 @@ CONTEXT_NUMBERS = {
 KEPT_ATTRIBUTES = {"maybe_unused", "nodiscard", "fallthrough", "likely", "unlikely", "noreturn", "deprecated"}
 MAX_ARGUMENT_INDEX = {"buffer": 30, "threadgroup": 30}
 DEFAULT_MAX_THREADS = "1024"
+# g++ has no "unroll fully": it does for loops of at most as many rounds as it is told.
+GCC_FULL_UNROLL = 16
 
 TOKEN = re.compile(
     r"""(?P<marker>^\#[ ]*(?:line[ ]+)?(?P<line>\d+)(?:[ ]+"(?P<file>(?:[^"\\]|\\.)*)")?[^\n]*$)
@@ -72,12 +74,21 @@ TOKEN = re.compile(
 )
 FLOAT_SUFFIX = re.compile(r"^(?P<digits>(?:\d[\d']*\.?[\d']*|\.\d[\d']*)(?:[eE][+-]?\d+)?)(?P<suffix>h|H|bf|BF)$")
 SWIZZLE = re.compile(r"^[xyzw]{2,4}$")
-UNROLL = re.compile(r"^\s*#\s*pragma\s+(?:unroll|nounroll|clang\s+loop\s+unroll|GCC\s+unroll|METAL)\b")
-CLANG_PRAGMA = re.compile(r"^\s*#\s*pragma\s+clang\b")
+PRAGMA = re.compile(r"^\s*#\s*pragma\s+(?P<text>.*\S)\s*$")
+UNROLL = re.compile(r"^(?:unroll|nounroll|clang\s+loop\s+unroll|GCC\s+unroll)\b")
+FULL_UNROLL = re.compile(r"^(?:unroll|clang\s+loop\s+unroll\(full\))$")
 
 
 class TranslationError(Exception):
     """A construct that the translator does not understand, with the place where it stands."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the output is for: an engine, and whether g++ or clang compiles it."""
+
+    engine: str
+    gcc: bool
 
 
 @dataclass
@@ -146,7 +157,20 @@ class Source:
     instances: list[Instance] = field(default_factory=list)
 
 
-def tokenize(text: str, default_file: str, scan_folder: Path, gcc: bool) -> tuple[list[Token], list[str]]:
+def directive(text: str, target: Target) -> str:
+    """A preprocessor directive that stayed in the text, in the compiler's dialect; "" where it has no use."""
+    match = PRAGMA.match(text)
+    pragma = match["text"] if match else ""
+    if pragma.startswith("METAL") or (target.engine == "exact" and UNROLL.match(pragma)):
+        return ""
+    if target.gcc and FULL_UNROLL.match(pragma):
+        return f"#pragma GCC unroll {GCC_FULL_UNROLL}"
+    if target.gcc and pragma.startswith(("clang", "unroll", "nounroll")):
+        return ""
+    return text
+
+
+def tokenize(text: str, default_file: str, target: Target) -> tuple[list[Token], list[str]]:
     """Splits preprocessed text, resolves line markers, and lists the Metal headers that were included."""
     tokens: list[Token] = []
     headers: list[str] = []
@@ -158,16 +182,14 @@ def tokenize(text: str, default_file: str, scan_folder: Path, gcc: bool) -> tupl
             if match.group("file") is not None:
                 file = match.group("file")
                 path = Path(file)
-                if path.parent == scan_folder and path.name not in headers:
+                if path.parent == SCAN and path.name not in headers:
                     headers.append(path.name)
             # Flags of the marker would tell the compiler of includes that are no more.
             text_out = f'# {match.group("line")} "{file}"'
             tokens.append(Token("marker", text_out, file, line))
             continue
         if match.group("directive") is not None:
-            # Unrolling by hand would come before the host compiler's vectoriser; other compilers' pragmas only warn.
-            drop = UNROLL.match(piece) or (gcc and CLANG_PRAGMA.match(piece))
-            tokens.append(Token("directive", "" if drop else piece, file, line))
+            tokens.append(Token("directive", directive(piece, target), file, line))
             continue
         if kind == "number":
             literal = FLOAT_SUFFIX.match(piece)
@@ -614,9 +636,9 @@ def preprocess(arguments: argparse.Namespace) -> str:
     return result.stdout
 
 
-def translate(text: str, path: str, output: str, gcc: bool) -> str:
+def translate(text: str, path: str, output: str, target: Target) -> str:
     """C++ for the preprocessed text of the source `path`."""
-    tokens, headers = tokenize(text, path, SCAN, gcc)
+    tokens, headers = tokenize(text, path, target)
     return emit(Translator(tokens, headers).run(), path, output)
 
 
@@ -638,7 +660,8 @@ def main() -> int:
     if not arguments.source or not arguments.output:
         parser.error("a source and --output are needed")
     try:
-        code = translate(preprocess(arguments), arguments.source, arguments.output, is_gcc(arguments.compiler))
+        target = Target(arguments.engine, is_gcc(arguments.compiler))
+        code = translate(preprocess(arguments), arguments.source, arguments.output, target)
     except TranslationError as error:
         print(error, file=sys.stderr)
         return 1

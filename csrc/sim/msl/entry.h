@@ -11,13 +11,6 @@
 #include "../kernel_library.h"
 #include "vector.h"
 
-// Entry points read the engine's memory, which is no business of the kernel's access checks.
-#ifdef METAL_SIM_EXACT
-#define METAL_SIM_UNCHECKED __attribute__((no_sanitize("thread")))
-#else
-#define METAL_SIM_UNCHECKED
-#endif
-
 namespace metal_sim {
 
 template <unsigned Index, typename First, typename... Rest>

@@ -12,6 +12,13 @@
 
 #define METAL_FUNC inline __attribute__((always_inline))
 
+// For functions that touch the engine's memory or nothing but their own stack: no memory checks in the exact engine.
+#ifdef METAL_SIM_EXACT
+#define METAL_SIM_UNCHECKED __attribute__((no_sanitize("thread")))
+#else
+#define METAL_SIM_UNCHECKED
+#endif
+
 using uchar = unsigned char;
 using ushort = unsigned short;
 using uint = unsigned int;
