@@ -30,7 +30,8 @@ constexpr constant uint LANE_SIMDGROUPS = simdgroups(ROUTE_SIMDGROUPS, SIMD_WIDT
 #define FOR_LANE_EXPERTS(i) for (uint i = 0; i < args.experts; ++i)
 #else
 #define FOR_LANE_EXPERTS(i)                                                                                            \
-  _Pragma("clang loop unroll(full)") for (uint i = 0; i < EXPERTS_PER_LANE; ++i) if (i * SIMD_WIDTH < args.experts)
+  UNROLL for (uint i = 0; i < EXPERTS_PER_LANE; ++i) if (i * SIMD_WIDTH >= args.experts) break;                        \
+  else
 #endif
 
 constexpr constant uint SIGN_BIT = 0x80000000u;
@@ -65,11 +66,13 @@ inline float softmax_term(uint logit_key, float largest) {
   return logit_key > KEY_LOWEST ? exp(key_value(logit_key) - largest) : 0.0f;
 }
 
-/// log(1 + e^x). The factor undoes the rounding of 1 + t, so that small results keep their precision.
-inline float softplus(float x) {
+/// sqrt(log(1 + e^x)), to rounding for every x: the factor undoes the rounding of 1 + t, and below -20, where
+/// log(1 + e^x) is e^x to fp32, the root is taken in the exponent, where it cannot underflow.
+inline float sqrt_softplus(float x) {
   const float t = exp(-fabs(x));
   const float u = 1.0f + t;
-  return max(x, 0.0f) + (u == 1.0f ? t : log(u) * (t / (u - 1.0f)));
+  const float root = sqrt(max(x, 0.0f) + (u == 1.0f ? t : log(u) * (t / (u - 1.0f))));
+  return x < -20.0f ? exp(0.5f * x) : root;
 }
 
 /// From a logit to its score; the softmax needs the largest logit and the sum of all terms.
@@ -85,7 +88,7 @@ struct Score {
     case ROUTE_SIGMOID:
       return sigmoid(key_value(logit_key));
     case ROUTE_SQRT_SOFTPLUS:
-      return sqrt(softplus(key_value(logit_key)));
+      return sqrt_softplus(key_value(logit_key));
     default:
       return key_value(logit_key);
     }
@@ -158,8 +161,13 @@ void route(device const uchar* logits [[buffer(0)]], device const uchar* bias [[
     largest = max(largest, keys[i]);
   }
 
+  // A renormalised softmax is the softmax over the chosen: the other terms cancel, unless choosing needs them.
+  const bool limited = args.topk_groups < args.groups;
+  const bool softmax_of_chosen = args.scoring == ROUTE_TOPK_SOFTMAX ||
+                                 (args.scoring == ROUTE_SOFTMAX && args.renormalize && args.renormalize_epsilon == 0);
+  const bool chosen_by_score = args.has_bias || (limited && args.group_score == ROUTE_GROUP_TOP2_SUM);
   Score score = {args.scoring, key_value(simd_max(largest)), 0.0f};
-  if (args.scoring == ROUTE_SOFTMAX) {
+  if (args.scoring == ROUTE_SOFTMAX && (chosen_by_score || !softmax_of_chosen)) {
     FOR_LANE_EXPERTS(i) score.sum += softmax_term(keys[i], score.largest);
     score.sum = simd_sum(score.sum);
   }
@@ -173,7 +181,7 @@ void route(device const uchar* logits [[buffer(0)]], device const uchar* bias [[
       keys[i] = max(keys[i], KEY_LOWEST);
     }
   }
-  if (args.topk_groups < args.groups)
+  if (limited)
     keep_best_groups(keys, score, args, lane);
 
   // Lane r % SIMD_WIDTH keeps the r-th choice.
@@ -196,8 +204,10 @@ void route(device const uchar* logits [[buffer(0)]], device const uchar* bias [[
           order_key(load_scalar(logits, row + ulong(chosen[j]) * args.logits_expert_stride, args.logits_type));
     largest_chosen = max(largest_chosen, chosen_keys[j]);
   }
-  if (args.scoring == ROUTE_TOPK_SOFTMAX) {
-    score = {ROUTE_SOFTMAX, key_value(simd_max(largest_chosen)), 0.0f};
+  if (softmax_of_chosen) {
+    score.scoring = ROUTE_SOFTMAX;
+    score.largest = key_value(simd_max(largest_chosen));
+    score.sum = 0.0f;
     for (uint j = 0; j < CHOSEN_PER_LANE; ++j)
       score.sum += softmax_term(chosen_keys[j], score.largest);
     score.sum = simd_sum(score.sum);
