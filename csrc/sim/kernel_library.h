@@ -10,7 +10,7 @@
 namespace metal_sim {
 
 constexpr uint32_t KERNEL_LIBRARY_ABI = 1;
-constexpr uint32_t MAX_BUFFERS = 31;              // Metal's limit of buffer indices
+constexpr uint32_t MAX_BUFFERS = 31; // Metal's limit of buffer indices
 constexpr uint32_t MAX_THREADGROUP_ARGUMENTS = 31;
 
 struct Size3 {
@@ -80,8 +80,8 @@ struct ExactServices {
 
 struct KernelLibrary {
   uint32_t abi;
-  const char* engine;     // "exact", "native"
-  const char* level;      // "x86-64-v3", "arm64", ...
+  const char* engine; // "exact", "native"
+  const char* level;  // "x86-64-v3", "arm64", ...
   uint32_t simd_width;
   const Kernel* const* kernels;
   uint32_t kernel_count;

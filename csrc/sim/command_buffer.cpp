@@ -1,0 +1,126 @@
+#include "command_queue.h"
+#include "compute_encoder.h"
+#include "spin.h"
+
+namespace metal_sim {
+namespace {
+
+constexpr char ERROR_DOMAIN[] = "MTLCommandBufferErrorDomain";
+constexpr double NANOSECOND = 1e-9;
+
+CommandBufferObject* impl(MTL::CommandBuffer* buffer) { return static_cast<CommandBufferObject*>(buffer); }
+const CommandBufferObject* impl(const MTL::CommandBuffer* buffer) {
+  return static_cast<const CommandBufferObject*>(buffer);
+}
+
+bool committed(const CommandBufferObject* buffer) {
+  return buffer->status.load(std::memory_order_acquire) >= MTL::CommandBufferStatusCommitted;
+}
+
+void add_handler(const char* call, CommandBufferObject* buffer, std::vector<MTL::HandlerFunction>& handlers,
+                 const MTL::HandlerFunction& function) {
+  if (committed(buffer))
+    misuse(call, "the command buffer has been committed");
+  handlers.push_back(function);
+}
+
+/// A handler that throws has nobody to catch it, here as on Apple: the program ends.
+void call_all(std::vector<MTL::HandlerFunction>& handlers, MTL::CommandBuffer* buffer) noexcept {
+  for (const MTL::HandlerFunction& handler : handlers)
+    handler(buffer);
+  handlers.clear();
+}
+
+} // namespace
+
+CommandBufferObject::CommandBufferObject(NS::SharedPtr<QueueObject> owner, bool retains)
+    : queue(std::move(owner)), retains(retains), recording(queue->take_recording()) {}
+
+CommandBufferObject::~CommandBufferObject() {
+  if (recording)
+    queue->give_back(std::move(recording));
+}
+
+void CommandBufferObject::execute() {
+  // Handlers and kernels may autorelease; on the worker nobody else would end a pool.
+  const auto pool = NS::TransferPtr(NS::AutoreleasePool::alloc()->init());
+  status.store(MTL::CommandBufferStatusScheduled, std::memory_order_release);
+  call_all(scheduled_handlers, this);
+  start = double(nanoseconds_now()) * NANOSECOND;
+  std::string failure;
+  for (uint32_t i = 0; i < recording->dispatches.size() && failure.empty(); ++i)
+    failure = queue->device->engine.run(recording->dispatches[i], i);
+  end = double(nanoseconds_now()) * NANOSECOND;
+  if (!failure.empty())
+    error = NS::TransferPtr(new ErrorObject(ERROR_DOMAIN, MTL::CommandBufferErrorPageFault, std::move(failure)));
+  status.store(error ? MTL::CommandBufferStatusError : MTL::CommandBufferStatusCompleted, std::memory_order_release);
+  queue->give_back(std::move(recording));
+  call_all(completed_handlers, this);
+}
+
+} // namespace metal_sim
+
+namespace MTL {
+
+using namespace metal_sim;
+
+Device* CommandBuffer::device() const { return impl(this)->queue->device; }
+CommandQueue* CommandBuffer::commandQueue() const { return impl(this)->queue.get(); }
+NS::String* CommandBuffer::label() const { return impl(this)->label.get(); }
+void CommandBuffer::setLabel(const NS::String* label) { impl(this)->label.set(label); }
+bool CommandBuffer::retainedReferences() const { return impl(this)->retains; }
+ComputeCommandEncoder* CommandBuffer::computeCommandEncoder() { return computeCommandEncoder(DispatchTypeSerial); }
+
+ComputeCommandEncoder* CommandBuffer::computeCommandEncoder(DispatchType dispatchType) {
+  CommandBufferObject* buffer = impl(this);
+  if (committed(buffer))
+    misuse("CommandBuffer::computeCommandEncoder", "the command buffer has been committed");
+  if (buffer->encoder)
+    misuse("CommandBuffer::computeCommandEncoder", "the previous encoder has not ended encoding");
+  return (new EncoderObject(NS::RetainPtr(buffer), dispatchType))->autorelease();
+}
+
+void CommandBuffer::enqueue() {
+  if (impl(this)->status != CommandBufferStatusNotEnqueued)
+    misuse("CommandBuffer::enqueue", "the command buffer has been enqueued");
+  impl(this)->queue->schedule->enqueue(impl(this));
+}
+
+void CommandBuffer::commit() {
+  CommandBufferObject* buffer = impl(this);
+  if (committed(buffer))
+    misuse("CommandBuffer::commit", "the command buffer has been committed");
+  if (buffer->encoder)
+    misuse("CommandBuffer::commit", "an encoder has not ended encoding");
+  buffer->queue->schedule->commit(buffer);
+}
+
+void CommandBuffer::waitUntilCompleted() {
+  if (!committed(impl(this)))
+    misuse("CommandBuffer::waitUntilCompleted", "the command buffer has not been committed");
+  impl(this)->queue->schedule->wait(impl(this));
+}
+
+void CommandBuffer::waitUntilScheduled() {
+  if (!committed(impl(this)))
+    misuse("CommandBuffer::waitUntilScheduled", "the command buffer has not been committed");
+}
+
+void CommandBuffer::addCompletedHandler(const HandlerFunction& function) {
+  add_handler("CommandBuffer::addCompletedHandler", impl(this), impl(this)->completed_handlers, function);
+}
+
+void CommandBuffer::addScheduledHandler(const HandlerFunction& function) {
+  add_handler("CommandBuffer::addScheduledHandler", impl(this), impl(this)->scheduled_handlers, function);
+}
+
+CommandBufferStatus CommandBuffer::status() const { return impl(this)->status.load(std::memory_order_acquire); }
+
+NS::Error* CommandBuffer::error() const {
+  return status() == CommandBufferStatusError ? impl(this)->error.get() : nullptr;
+}
+
+CFTimeInterval CommandBuffer::GPUStartTime() const { return impl(this)->start; }
+CFTimeInterval CommandBuffer::GPUEndTime() const { return impl(this)->end; }
+
+} // namespace MTL

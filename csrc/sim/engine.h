@@ -1,0 +1,45 @@
+// What runs an encoded dispatch. One engine per device.
+#pragma once
+
+#include "kernel_library.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace metal_sim {
+
+/// One encoded dispatch, validated. Only the entries of arguments that the kernel declares are set.
+struct Dispatch {
+  const Kernel* kernel;
+  const KernelLibrary* library;
+  Size3 grid;                       // threadgroups
+  Size3 group;                      // threads of each
+  KernelArguments arguments;        // threadgroup pointers are the engine's to set
+  size_t buffer_bytes[MAX_BUFFERS]; // from the bound offset to the end of the buffer
+  uint32_t threadgroup_bytes[MAX_THREADGROUP_ARGUMENTS];
+};
+
+inline uint64_t volume(Size3 size) { return uint64_t(size.x) * size.y * size.z; }
+
+/// Position of the `index`-th element, x fastest.
+inline Size3 position(uint32_t index, Size3 size) {
+  return {index % size.x, index / size.x % size.y, index / size.x / size.y};
+}
+
+class Engine {
+public:
+  /// Threads of a threadgroup that the engine accepts.
+  virtual uint32_t max_threads_per_threadgroup() const = 0;
+  virtual const char* name() const = 0;
+  /// Runs a dispatch to its end. `sequence`: its place in its command buffer. Returns "", or what went wrong.
+  virtual std::string run(const Dispatch& dispatch, uint32_t sequence) = 0;
+
+protected:
+  ~Engine() = default;
+};
+
+Engine& native_engine();
+Engine& exact_engine();
+
+} // namespace metal_sim

@@ -1,0 +1,187 @@
+// Libraries, functions and pipelines: finding the compiled kernels of an engine and processor.
+#include "exact_services.h"
+#include "objects.h"
+#include "processor.h"
+
+#include <algorithm>
+#include <dlfcn.h>
+#include <filesystem>
+
+namespace metal_sim {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr char LIBRARY_ERROR_DOMAIN[] = "MTLLibraryErrorDomain";
+
+struct LoadError {
+  MTL::LibraryError code;
+  std::string text;
+};
+
+std::string libraries_in(const fs::path& directory) {
+  std::vector<std::string> names;
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator(directory, ignored)) {
+    if (entry.path().extension() == ".so")
+      names.push_back(entry.path().filename().string());
+  }
+  std::sort(names.begin(), names.end());
+  std::string text;
+  for (const std::string& name : names)
+    text += (text.empty() ? "" : ", ") + name;
+  return text.empty() ? "nothing" : text;
+}
+
+fs::path choose_native(const fs::path& directory) {
+  const auto file = [&](const std::string& level) { return directory / ("native-" + level + ".so"); };
+  const auto& levels = processor_levels();
+  if (const std::string level = forced_level(); !level.empty()) {
+    const auto known = std::find_if(levels.begin(), levels.end(), [&](const auto& l) { return l.name == level; });
+    if (known == levels.end() || !fs::exists(file(level)))
+      throw LoadError{MTL::LibraryErrorFileNotFound, "METAL_MOE_CPU_LEVEL is '" + level +
+                                                         "', but there is no kernel library of that level: " +
+                                                         directory.string() + " holds " + libraries_in(directory)};
+    if (!known->supported)
+      throw LoadError{MTL::LibraryErrorUnsupported,
+                      "METAL_MOE_CPU_LEVEL is '" + level + "', which this processor does not run"};
+    return file(level);
+  }
+  for (const ProcessorLevel& level : levels) {
+    if (level.supported && fs::exists(file(level.name)))
+      return file(level.name);
+  }
+  throw LoadError{MTL::LibraryErrorFileNotFound,
+                  "no kernel library for this processor: " + directory.string() + " holds " + libraries_in(directory)};
+}
+
+fs::path choose(const std::string& engine, const fs::path& path) {
+  if (!fs::is_directory(path))
+    return path;
+  if (engine == "native")
+    return choose_native(path);
+  const fs::path file = path / (engine + ".so");
+  if (!fs::exists(file))
+    throw LoadError{MTL::LibraryErrorFileNotFound,
+                    "no " + engine + ".so: " + path.string() + " holds " + libraries_in(path)};
+  return file;
+}
+
+/// What is wrong with a kernel's table, or "".
+std::string defect(const Kernel& kernel) {
+  if (!kernel.name || !kernel.entry)
+    return "a kernel without name or entry";
+  for (uint32_t i = 0; i < kernel.argument_count; ++i) {
+    const KernelArgument& argument = kernel.arguments[i];
+    const uint32_t limit = argument.kind == ArgumentKind::Buffer ? MAX_BUFFERS : MAX_THREADGROUP_ARGUMENTS;
+    if (argument.index >= limit)
+      return std::string("kernel '") + kernel.name + "': index " + std::to_string(argument.index) + " of argument '" +
+             argument.name + "' is not below " + std::to_string(limit);
+  }
+  return "";
+}
+
+const KernelLibrary* open(const DeviceObject& device, const fs::path& file) {
+  // Never closed: pipelines, error messages and encoded dispatches point into it.
+  void* handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!handle)
+    throw LoadError{fs::exists(file) ? MTL::LibraryErrorUnsupported : MTL::LibraryErrorFileNotFound, dlerror()};
+  using Query = const KernelLibrary* (*)();
+  const auto query = reinterpret_cast<Query>(dlsym(handle, "metal_sim_kernel_library"));
+  if (!query)
+    throw LoadError{MTL::LibraryErrorUnsupported, file.string() + ": not a kernel library"};
+  const KernelLibrary* library = query();
+  const auto refuse = [&](const std::string& reason) {
+    throw LoadError{MTL::LibraryErrorUnsupported, file.string() + ": " + reason};
+  };
+  if (library->abi != KERNEL_LIBRARY_ABI)
+    refuse("interface version " + std::to_string(library->abi) + ", not " + std::to_string(KERNEL_LIBRARY_ABI));
+  if (std::string_view(library->engine) != device.engine.name())
+    refuse(std::string("compiled for engine '") + library->engine + "', not '" + device.engine.name() + "'");
+  for (uint32_t i = 0; i < library->kernel_count; ++i) {
+    if (const std::string text = defect(*library->kernels[i]); !text.empty())
+      refuse(text);
+  }
+  if (library->services)
+    *library->services = &exact_services();
+  return library;
+}
+
+const LibraryObject* impl(const MTL::Library* library) { return static_cast<const LibraryObject*>(library); }
+const FunctionObject* impl(const MTL::Function* function) { return static_cast<const FunctionObject*>(function); }
+const PipelineObject* impl(const MTL::ComputePipelineState* state) { return static_cast<const PipelineObject*>(state); }
+
+} // namespace
+
+LibraryObject::LibraryObject(DeviceObject* device, const KernelLibrary* kernels) : device(device), kernels(kernels) {
+  by_name.reserve(kernels->kernel_count);
+  for (uint32_t i = 0; i < kernels->kernel_count; ++i)
+    by_name.emplace(kernels->kernels[i]->name, kernels->kernels[i]);
+}
+
+LibraryObject* load_library(DeviceObject* device, const std::string& path, NS::Error** error) {
+  try {
+    return new LibraryObject(device, open(*device, choose(device->engine.name(), path)));
+  } catch (const LoadError& failure) {
+    set_error(error, LIBRARY_ERROR_DOMAIN, NS::Integer(failure.code), failure.text);
+    return nullptr;
+  }
+}
+
+} // namespace metal_sim
+
+namespace MTL {
+
+using namespace metal_sim;
+
+Device* Library::device() const { return impl(this)->device; }
+NS::String* Library::label() const { return impl(this)->label.get(); }
+void Library::setLabel(const NS::String* label) { static_cast<LibraryObject*>(this)->label.set(label); }
+
+NS::Array* Library::functionNames() const {
+  std::vector<NS::SharedPtr<StringObject>> names;
+  std::vector<const NS::Object*> pointers;
+  for (uint32_t i = 0; i < impl(this)->kernels->kernel_count; ++i) {
+    names.push_back(NS::TransferPtr(new StringObject(impl(this)->kernels->kernels[i]->name)));
+    pointers.push_back(names.back().get());
+  }
+  return NS::Array::array(pointers.data(), pointers.size());
+}
+
+Function* Library::newFunction(const NS::String* functionName) {
+  auto* library = static_cast<LibraryObject*>(this);
+  const auto found = library->by_name.find(text_of(functionName));
+  return found == library->by_name.end() ? nullptr : new FunctionObject(NS::RetainPtr(library), found->second);
+}
+
+Device* Function::device() const { return impl(this)->library->device; }
+NS::String* Function::name() const { return metal_sim::string(impl(this)->kernel->name); }
+NS::String* Function::label() const { return impl(this)->label.get(); }
+void Function::setLabel(const NS::String* label) { static_cast<FunctionObject*>(this)->label.set(label); }
+
+ComputePipelineState* Device::newComputePipelineState(const Function* computeFunction, NS::Error** error) {
+  if (!computeFunction) {
+    set_error(error, LIBRARY_ERROR_DOMAIN, LibraryErrorFunctionNotFound, "newComputePipelineState: function is null");
+    return nullptr;
+  }
+  const FunctionObject* function = impl(computeFunction);
+  if (function->library->device != this) {
+    set_error(error, LIBRARY_ERROR_DOMAIN, LibraryErrorUnsupported,
+              std::string("newComputePipelineState: function '") + function->kernel->name +
+                  "' belongs to another device");
+    return nullptr;
+  }
+  return new PipelineObject(function->library, function->kernel);
+}
+
+Device* ComputePipelineState::device() const { return impl(this)->library->device; }
+NS::String* ComputePipelineState::label() const { return metal_sim::string(impl(this)->kernel->name); }
+NS::UInteger ComputePipelineState::threadExecutionWidth() const { return impl(this)->simd_width; }
+NS::UInteger ComputePipelineState::staticThreadgroupMemoryLength() const { return 0; }
+
+NS::UInteger ComputePipelineState::maxTotalThreadsPerThreadgroup() const {
+  return std::min(impl(this)->kernel->max_total_threads_per_threadgroup,
+                  impl(this)->library->device->engine.max_threads_per_threadgroup());
+}
+
+} // namespace MTL
