@@ -11,6 +11,7 @@ from . import _core
 _core.set_library_path(_os.environ.get("METAL_MOE_LIBRARY") or str(_Path(_core.__file__).parent / "metal_moe.metallib"))
 
 from .device import (  # noqa: E402 (the library's path comes first)
+    SUPPORTED_DEVICES,
     device_info,
     get_num_threads,
     kernels,
@@ -31,6 +32,7 @@ except _PackageNotFoundError:  # imported from a source tree that was never inst
     __version__ = "0+unknown"
 
 __all__ = [
+    "SUPPORTED_DEVICES",
     "GroupedTokens",
     "__version__",
     "device_info",

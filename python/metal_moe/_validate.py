@@ -20,10 +20,6 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3, "swiglu_clamp":
 SCORINGS = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2, "topk_softmax": 3}
 GROUP_SCORES = {"max": 0, "top2_sum": 1}
 
-# The expert families that `kernel=` may force, as `select_moe_kernel` names them, with or without this suffix.
-FAMILIES = ("moe_decode", "moe_prefill4", "moe_base", "moe_large_batch", "moe_simd")
-FP32_ACC_SUFFIX = "_fp32acc"
-
 # Limits of the kernels (kernels/moe/{route,group}.h).
 MAX_EXPERTS = 1024
 MAX_TOP_K = 16
@@ -191,10 +187,11 @@ def check_experts(
     shared_weights: Tensor | None,
     use_fp32_acc: bool,
     kernel: str | None,
-) -> tuple:
-    """Checks hidden states, experts and how they are computed; returns (activation number, family or None).
+) -> int:
+    """Checks hidden states, experts and how they are computed; returns the activation's number.
 
-    Routing weights and ids are checked by `check_assignments` (given) or `check_routing` (computed).
+    Routing weights and ids are checked by `check_assignments` (given) or `check_routing` (computed), the name of a
+    kernel family where the kernel table is.
     """
     check_tensor(op, "hidden_states", hidden_states, FLOAT_DTYPES, 2, "[T, H]")
     dtype = hidden_states.dtype
@@ -231,7 +228,9 @@ def check_experts(
     if limit <= 0.0:
         wrong_value(op, "limit", limit, "above 0 (math.inf: no clamp)")
     check_bool(op, "use_fp32_acc", use_fp32_acc)
-    return activation_number, None if kernel is None else _check_kernel(op, kernel, use_fp32_acc)
+    if kernel is not None and not isinstance(kernel, str):
+        wrong_type(op, "kernel", f"{kernel!r} of type {type(kernel).__name__}", "a str or None")
+    return activation_number
 
 
 def check_rows(op: str, name: str, tensor: Tensor) -> None:
@@ -315,18 +314,6 @@ def _check_bias(op: str, name: str, bias: Tensor, dtype: torch.dtype, shape: tup
         wrong_value(op, name, f"strided {bias.stride()}", "contiguous")
 
 
-def _check_kernel(op: str, kernel: object, use_fp32_acc: bool) -> str:
-    """A family name, with the accumulation suffix of `select_moe_kernel` or without; returns it without."""
-    if not isinstance(kernel, str):
-        wrong_type(op, "kernel", f"{kernel!r} of type {type(kernel).__name__}", f"{choices(FAMILIES)} or None")
-    family = kernel.removesuffix(FP32_ACC_SUFFIX)
-    if family not in FAMILIES:
-        wrong_value(op, "kernel", repr(kernel), f"{choices(FAMILIES)} (with or without {FP32_ACC_SUFFIX}) or None")
-    if family != kernel and not use_fp32_acc:
-        wrong_value(op, "kernel", repr(kernel), f'"{family}" with use_fp32_acc=False')
-    return family
-
-
 def check_assignments(op: str, topk_weights: Tensor, topk_ids: Tensor, tokens: int, experts: int) -> int:
     """Checks given routing weights and ids; returns top_k."""
     check_tensor(op, "topk_weights", topk_weights, FLOAT_DTYPES, 2, "[T, k]")
@@ -371,10 +358,5 @@ def check_gather(op: str, weights: Tensor, expert_ids: Tensor) -> None:
 
 
 def check_bits(op: str, name: str, bits: object) -> None:
-    """Dense weights have 16 or 32 bits; None says the same without the number."""
-    if bits is None:
-        return
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        wrong_type(op, name, f"{bits!r} of type {type(bits).__name__}", "16, 32 or None (dense weights)")
-    if bits not in (16, 32):
-        wrong_value(op, name, bits, "16, 32 or None (dense weights)")
+    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int)):
+        wrong_type(op, name, f"{bits!r} of type {type(bits).__name__}", "an int (bits of a weight) or None")

@@ -7,6 +7,7 @@ from ._operator import cpu_engine
 from ._validate import MAX_SIZE, SUPPORTED_DEVICES, check_bits, check_bool, check_int, choices
 
 __all__ = [
+    "SUPPORTED_DEVICES",
     "device_info",
     "get_num_threads",
     "kernels",
@@ -30,13 +31,13 @@ def select_moe_kernel(
 
     | tokens | family | tile_n |
     | --- | --- | --- |
-    | 1 | moe_decode | 64 |
+    | 0, 1 | moe_decode | 64 |
     | 2 to 16 | moe_prefill4 | 64 |
     | 17 to 32 | moe_base | 64 |
     | 33 and more | moe_large_batch | 128 |
 
     Args:
-        batch_size: tokens, at least 1.
+        batch_size: tokens.
         use_fp32_acc: accumulate in float32; appends "_fp32acc" to the name.
         gate_bits, up_bits, down_bits: bits of a weight; 16, 32 or None for dense weights, the only ones so far.
 
@@ -44,14 +45,14 @@ def select_moe_kernel(
         (name, tile_n). The name can be passed as `kernel=` to `fused_experts` and `fused_moe`.
 
     Raises:
-        TypeError: a wrong type. ValueError: batch_size below 1, or bits of a quantised format.
+        TypeError: a wrong type. ValueError: batch_size below 0, or bits of a quantised format.
 
     Example:
         >>> metal_moe.select_moe_kernel(8, True)
         ('moe_prefill4_fp32acc', 64)
     """
     op = "select_moe_kernel"
-    check_int(op, "batch_size", batch_size, 1, MAX_SIZE)
+    check_int(op, "batch_size", batch_size, 0, MAX_SIZE)
     check_bool(op, "use_fp32_acc", use_fp32_acc)
     for name, bits in (("gate_bits", gate_bits), ("up_bits", up_bits), ("down_bits", down_bits)):
         check_bits(op, name, bits)

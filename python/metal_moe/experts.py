@@ -100,7 +100,7 @@ def fused_experts(
     op = "fused_experts"
     # Shapes of the routes are checked after those of the experts; until then anything with two dimensions is taken.
     top_k = topk_ids.shape[1] if isinstance(topk_ids, Tensor) and topk_ids.ndim == 2 else 1
-    activation_number, family = check_experts(
+    activation_number = check_experts(
         op,
         hidden_states,
         w1,
@@ -145,7 +145,7 @@ def fused_experts(
             alpha,
             limit,
             use_fp32_acc,
-            family,
+            kernel,
         )
     return out
 
@@ -219,7 +219,7 @@ def fused_moe(
         renormalize_epsilon,
         routed_scaling_factor,
     )
-    activation_number, family = check_experts(
+    activation_number = check_experts(
         op,
         hidden_states,
         w1,
@@ -268,7 +268,7 @@ def fused_moe(
             alpha,
             limit,
             use_fp32_acc,
-            family,
+            kernel,
         )
     return out
 

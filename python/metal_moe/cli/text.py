@@ -1,0 +1,61 @@
+"""Plain text for the terminal: tables, quantities, a progress line."""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns as wide as their widest cell; what begins with a digit is set to the right, other text to the left."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[column]) for line in (headings, *cells)) for column in range(len(headings))]
+    numeric = [
+        all(row[column][:1].isdigit() or row[column] in ("-", "") for row in cells) for column in range(len(widths))
+    ]
+
+    def line(values: Sequence[str]) -> str:
+        padded = (
+            value.rjust(width) if right else value.ljust(width)
+            for value, width, right in zip(values, widths, numeric, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headings), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits: "0.0123", "1.23", "123"."""
+    value = seconds * 1e3
+    decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{decimals}f}"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+class Progress:
+    """What is being done, on stderr: one line that is overwritten on a terminal, a line per step elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._last = ""
+
+    def __call__(self, text: str) -> None:
+        if self._terminal:
+            sys.stderr.write(f"\r\033[K{text}")
+        elif text != self._last:
+            sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+        self._last = text
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal and self._last:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
