@@ -6,19 +6,27 @@
 //
 // decode       A threadgroup computes GEMV_TILE_N columns of one token: a simdgroup 4 columns at a time, over the
 //              token's slots in order, sum += weight * (dot + bias) in fp32. No second pass, no atomics.
-// prefill4     A threadgroup computes GEMV_TILE_N columns of one row tile of up to 4 rows, sharing each weight read.
+// prefill4     A threadgroup computes GEMV_TILE_N columns of one row tile, see gemv.h.
 // base, large_batch, simd
 //              8x8 simdgroup matrices, see gemm.h. `combine` then adds the rows of each token.
 #include "combine.h"
 #include "gemm.h"
 #include "gemv.h"
 
+/// Rows column .. column + R - 1 of one expert's w2; past the edge the last one again, not stored.
+template <uint R, typename T> inline Rows<T, R> down_rows(device const T* w2, uint column, uint hidden, uint K) {
+  Rows<T, R> w;
+  for (uint i = 0; i < R; ++i)
+    w.row[i] = w2 + ulong(min(column + i, hidden - 1)) * K;
+  return w;
+}
+
 template <bool VECTORIZED, typename T, typename Acc>
-inline void down_decode_body(device const T* h, device const T* w2, device const T* shared_w2, device const T* bias,
-                             device const int* ids, device const uchar* weights, device const uchar* shared_weights,
-                             device T* out, constant ExpertsArgs& args, uint first_column, uint token, uint simdgroup,
-                             uint lane) {
-  constexpr uint N = gemv_columns<1>();
+inline void down_decode_columns(device const T* h, device const T* w2, device const T* shared_w2, device const T* bias,
+                                device const int* ids, device const uchar* weights, device const uchar* shared_weights,
+                                device T* out, constant ExpertsArgs& args, uint first_column, uint token, uint simdgroup,
+                                uint lane) {
+  constexpr uint N = gemv_weight_rows<1>();
   const uint slots = args.top_k + args.shared;
   const uint end = min(first_column + GEMV_TILE_N, args.hidden);
   for (uint column = first_column + simdgroup * N; column < end; column += GEMV_LANE_SIMDGROUPS * N) {
@@ -33,13 +41,9 @@ inline void down_decode_body(device const T* h, device const T* w2, device const
       const uint K = routed ? args.intermediate : args.shared_intermediate;
       device const T* w = dense_expert(w2, shared_w2, expert, args.experts, ulong(args.hidden) * args.intermediate,
                                        ulong(args.hidden) * args.shared_intermediate);
-      Rows<T, N> rows;
-      for (uint i = 0; i < N; ++i)
-        rows.row[i] = w + ulong(min(column + i, args.hidden - 1)) * K;
-      Rows<T, 1> from;
-      from.row[0] = h + (ulong(token) * slots + slot) * args.h_row_stride;
+      const SortedRows<T> rows{h + (ulong(token) * slots + slot) * args.h_row_stride, 0};
       float sum[N][1];
-      dot_columns<VECTORIZED, Acc>(rows, from, K, lane, sum);
+      dot_block<VECTORIZED, Acc>(down_rows<N>(w, column, args.hidden, K), rows, 0, K, lane, sum);
 
       float weight = 1.0f;
       if (routed)
@@ -50,9 +54,8 @@ inline void down_decode_body(device const T* h, device const T* w2, device const
                              ulong(token) * args.shared_token_stride + (slot - args.top_k) * args.shared_slot_stride,
                              args.shared_type);
       for (uint i = 0; i < N; ++i) {
-        const float b = routed && args.has_bias
-                            ? float(bias[ulong(expert) * args.hidden + min(column + i, args.hidden - 1)])
-                            : 0.0f;
+        const bool biased = routed && args.has_bias && column + i < end;
+        const float b = biased ? float(bias[ulong(expert) * args.hidden + column + i]) : 0.0f;
         total[i] = fma(weight, sum[i][0] + b, total[i]);
       }
     }
@@ -72,47 +75,44 @@ down_decode(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], d
             uint lane [[thread_index_in_simdgroup]]) {
   const uint first_column = group.x * GEMV_TILE_N;
   if (args.vectorized)
-    down_decode_body<true, T, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, out, args, first_column,
-                                   group.y, simdgroup, lane);
+    down_decode_columns<true, T, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, out, args, first_column,
+                                      group.y, simdgroup, lane);
   else
-    down_decode_body<false, T, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, out, args, first_column,
-                                    group.y, simdgroup, lane);
+    down_decode_columns<false, T, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, out, args, first_column,
+                                       group.y, simdgroup, lane);
 }
 
-/// C = rows of the tile.
-template <bool VECTORIZED, uint C, typename T, typename Acc>
-inline void down_prefill4_body(device const T* h, device const T* w, device const T* bias, device float* y, uint K,
-                               uint first_column, constant ExpertsArgs& args, uint simdgroup, uint lane) {
-  constexpr uint N = gemv_columns<1>();
-  const uint end = min(first_column + GEMV_TILE_N, args.hidden);
-  Rows<T, C> from;
-  for (uint c = 0; c < C; ++c)
-    from.row[c] = h + ulong(c) * args.h_row_stride;
-  for (uint column = first_column + simdgroup * N; column < end; column += GEMV_LANE_SIMDGROUPS * N) {
-    Rows<T, N> rows;
-    for (uint i = 0; i < N; ++i)
-      rows.row[i] = w + ulong(min(column + i, args.hidden - 1)) * K;
-    float sum[N][C];
-    dot_columns<VECTORIZED, Acc>(rows, from, K, lane, sum);
-    for (uint i = 0; i < N; ++i)
+/// Columns column .. column + R - 1 of y, in prefill4.
+template <bool VECTORIZED, typename T, typename Acc> struct DownBlock {
+  static constexpr constant uint R = gemv_weight_rows<GEMV_ROWS>();
+  SortedRows<T> rows;
+  device float* y; // of row 0
+  device const T* bias; // of the expert, or null
+  uint K;
+  uint stride;
+  uint column;
+  uint end;
+  uint lane;
+
+  template <uint C> void run(thread const Rows<T, R>& w, uint first) thread const {
+    float sum[R][C];
+    dot_block<VECTORIZED, Acc>(w, rows, first, K, lane, sum);
+    for (uint i = 0; i < R; ++i)
       for (uint c = 0; c < C; ++c)
         if (column + i < end && lane == (i * C + c) % SIMD_WIDTH)
-          y[ulong(c) * args.out_row_stride + column + i] = sum[i][c] + (bias ? float(bias[column + i]) : 0.0f);
+          y[ulong(first + c) * stride + column + i] = sum[i][c] + (bias ? float(bias[column + i]) : 0.0f);
   }
-}
+};
 
 template <bool VECTORIZED, typename T, typename Acc>
-inline void down_prefill4_rows(device const T* h, device const T* w, device const T* bias, device float* y, uint K,
-                               uint rows, uint first_column, constant ExpertsArgs& args, uint simdgroup, uint lane) {
-  switch (rows) {
-  case 1:
-    return down_prefill4_body<VECTORIZED, 1, T, Acc>(h, w, bias, y, K, first_column, args, simdgroup, lane);
-  case 2:
-    return down_prefill4_body<VECTORIZED, 2, T, Acc>(h, w, bias, y, K, first_column, args, simdgroup, lane);
-  case 3:
-    return down_prefill4_body<VECTORIZED, 3, T, Acc>(h, w, bias, y, K, first_column, args, simdgroup, lane);
-  default:
-    return down_prefill4_body<VECTORIZED, 4, T, Acc>(h, w, bias, y, K, first_column, args, simdgroup, lane);
+inline void down_prefill4_columns(device const T* h, device const T* w, device const T* bias, device float* y, uint K,
+                                  uint count, uint first_column, constant ExpertsArgs& args, uint simdgroup, uint lane) {
+  using Block = DownBlock<VECTORIZED, T, Acc>;
+  const SortedRows<T> rows{h, args.h_row_stride};
+  const uint end = min(first_column + GEMV_TILE_N, args.hidden);
+  for (uint column = first_column + simdgroup * Block::R; column < end; column += GEMV_LANE_SIMDGROUPS * Block::R) {
+    const Block block{rows, y, bias, K, args.out_row_stride, column, end, lane};
+    for_row_runs<GEMV_ROWS>(block, down_rows<Block::R>(w, column, args.hidden, K), count);
   }
 }
 
@@ -134,9 +134,9 @@ down_prefill4(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]],
   device const T* from = h + ulong(tile.first_row) * args.h_row_stride;
   device float* to = y + ulong(tile.first_row) * args.out_row_stride;
   if (args.vectorized)
-    down_prefill4_rows<true, T, Acc>(from, w, b, to, K, tile.rows, group.y * GEMV_TILE_N, args, simdgroup, lane);
+    down_prefill4_columns<true, T, Acc>(from, w, b, to, K, tile.rows, group.y * GEMV_TILE_N, args, simdgroup, lane);
   else
-    down_prefill4_rows<false, T, Acc>(from, w, b, to, K, tile.rows, group.y * GEMV_TILE_N, args, simdgroup, lane);
+    down_prefill4_columns<false, T, Acc>(from, w, b, to, K, tile.rows, group.y * GEMV_TILE_N, args, simdgroup, lane);
 }
 
 template <typename T, typename Acc, uint ROW_TILE, uint TILE_N, uint K_BYTES, bool STAGE_WEIGHTS>

@@ -14,8 +14,10 @@ enum Activation : uint {
 // decode and prefill4: output columns of a threadgroup, and its simdgroups on a GPU.
 SHARED_CONSTANT uint GEMV_TILE_N = 64;
 SHARED_CONSTANT uint GEMV_SIMDGROUPS = 8;
-/// Most rows of one expert that share a weight read in prefill4.
+/// Rows of a prefill4 tile. On a GPU one register block: more tiles, more threadgroups. With one-thread simdgroups a
+/// tile takes all rows that an expert is likely to have, and reads its weights once.
 SHARED_CONSTANT uint PREFILL4_ROW_TILE = 4;
+SHARED_CONSTANT uint PREFILL4_ROW_TILE_ONE_LANE = 64;
 
 // Matrix families: rows of one expert x output columns per threadgroup.
 SHARED_CONSTANT uint BASE_ROW_TILE = 8;

@@ -5,34 +5,80 @@
 //
 // decode       h rows are assignments (token, slot). A threadgroup computes GEMV_TILE_N columns of one assignment; a
 //              simdgroup 4 columns at a time, its lanes splitting K. Every assignment reads its expert: S * 2IH weights.
-// prefill4     h rows are in expert order. A threadgroup computes GEMV_TILE_N columns of one row tile of up to 4 rows,
-//              which share each weight read.
+// prefill4     h rows are in expert order. A threadgroup computes GEMV_TILE_N columns of one row tile, see gemv.h: up to
+//              4 rows share each weight in registers, all rows of the tile each weight read from memory.
 // base, large_batch, simd
 //              h rows are in expert order; 8x8 simdgroup matrices, see gemm.h.
 // Grouped families read each selected expert once per row tile: once, where no expert has more rows than a tile.
 #include "gemm.h"
 #include "gemv.h"
 
-template <bool VECTORIZED, typename T, typename Acc, bool GATED>
-inline void gate_up_decode_body(device const T* x, device const T* w1, device const T* shared_w1, device const T* bias,
-                                device const int* ids, device T* h, constant ExpertsArgs& args, uint3 group,
-                                uint simdgroup, uint lane) {
-  const uint slot = group.y, token = group.z;
-  const uint slots = args.top_k + args.shared;
-  const uint expert = slot < args.top_k ? load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride,
-                                                  args.id_words, args.experts)
-                                        : args.experts + slot - args.top_k;
-  if (expert == NO_EXPERT)
-    return; // dropped: `down` skips the row too
+/// w1 rows of gate column n, and of its up column: see ExpertsArgs::interleaved.
+inline uint gate_row(uint n, bool interleaved) { return interleaved ? 2 * n : n; }
+inline uint up_row(uint n, uint intermediate, bool interleaved) { return interleaved ? 2 * n + 1 : intermediate + n; }
+
+/// Columns column .. column + N - 1 of h, in the GEMV families.
+template <bool VECTORIZED, uint MAX_ROWS, typename T, typename Acc, bool GATED, typename Source> struct GateUpBlock {
+  static constexpr constant uint R = gemv_weight_rows<MAX_ROWS>();
+  static constexpr constant uint N = GATED ? R / 2 : R;
+  Source rows;
+  device T* h; // of row 0
+  device const T* bias; // of the expert, or null
+  uint intermediate;
+  uint column;
+  uint end;
+  uint lane;
+  constant ExpertsArgs& args;
+
+  Rows<T, R> weights(device const T* w1) thread const {
+    Rows<T, R> w;
+    for (uint i = 0; i < N; ++i) {
+      const uint n = min(column + i, intermediate - 1); // past the edge: the last column again, not stored
+      w.row[i] = w1 + ulong(GATED ? gate_row(n, args.interleaved) : n) * args.hidden;
+      if (GATED)
+        w.row[R - N + i] = w1 + ulong(up_row(n, intermediate, args.interleaved)) * args.hidden;
+    }
+    return w;
+  }
+
+  template <uint C> void run(thread const Rows<T, R>& w, uint first) thread const {
+    float sum[R][C];
+    dot_block<VECTORIZED, Acc>(w, rows, first, args.hidden, lane, sum);
+    for (uint i = 0; i < N; ++i)
+      for (uint c = 0; c < C; ++c)
+        if (column + i < end && lane == (i * C + c) % SIMD_WIDTH) {
+          const uint n = column + i;
+          float gate = sum[i][c];
+          float up = GATED ? sum[R - N + i][c] : 0.0f;
+          if (bias) {
+            gate += float(bias[GATED ? gate_row(n, args.interleaved) : n]);
+            if (GATED)
+              up += float(bias[up_row(n, intermediate, args.interleaved)]);
+          }
+          h[ulong(first + c) * args.h_row_stride + n] =
+              T(activate(args.activation, gate, up, args.alpha, args.limit));
+        }
+  }
+};
+
+/// The columns of one threadgroup for `count` rows of one expert.
+template <bool VECTORIZED, uint MAX_ROWS, typename T, typename Acc, bool GATED, typename Source>
+inline void gate_up_gemv(thread const Source& rows, uint count, device const T* w1, device const T* shared_w1,
+                         device const T* bias, uint expert, device T* h, uint first_column, constant ExpertsArgs& args,
+                         uint simdgroup, uint lane) {
+  constexpr uint MATRICES = GATED ? 2 : 1;
   const uint intermediate = expert < args.experts ? args.intermediate : args.shared_intermediate;
-  const uint rows = GATED ? 2 : 1;
-  device const T* w = dense_expert(w1, shared_w1, expert, args.experts, ulong(rows * args.intermediate) * args.hidden,
-                                   ulong(rows * args.shared_intermediate) * args.hidden);
-  device const T* b = expert < args.experts ? bias + ulong(expert) * rows * args.intermediate : nullptr;
-  Rows<T, 1> from;
-  from.row[0] = x + ulong(token) * args.x_row_stride;
-  device T* to[1] = {h + (ulong(token) * slots + slot) * args.h_row_stride};
-  gate_up_columns<VECTORIZED, Acc, GATED>(w, b, from, to, intermediate, group.x * GEMV_TILE_N, args, simdgroup, lane);
+  device const T* w =
+      dense_expert(w1, shared_w1, expert, args.experts, ulong(MATRICES * args.intermediate) * args.hidden,
+                   ulong(MATRICES * args.shared_intermediate) * args.hidden);
+  device const T* b =
+      args.has_bias && expert < args.experts ? bias + ulong(expert) * MATRICES * args.intermediate : nullptr;
+  const uint end = min(first_column + GEMV_TILE_N, intermediate);
+  using Block = GateUpBlock<VECTORIZED, MAX_ROWS, T, Acc, GATED, Source>;
+  for (uint column = first_column + simdgroup * Block::N; column < end; column += GEMV_LANE_SIMDGROUPS * Block::N) {
+    const Block block{rows, h, b, intermediate, column, end, lane, args};
+    for_row_runs<MAX_ROWS>(block, block.weights(w), count);
+  }
 }
 
 template <typename T, typename Acc, bool GATED>
@@ -41,45 +87,22 @@ gate_up_decode(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]]
                device const T* bias [[buffer(3)]], device const int* ids [[buffer(4)]], device T* h [[buffer(5)]],
                constant ExpertsArgs& args [[buffer(6)]], uint3 group [[threadgroup_position_in_grid]],
                uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  if (args.vectorized)
-    gate_up_decode_body<true, T, Acc, GATED>(x, w1, shared_w1, bias, ids, h, args, group, simdgroup, lane);
-  else
-    gate_up_decode_body<false, T, Acc, GATED>(x, w1, shared_w1, bias, ids, h, args, group, simdgroup, lane);
-}
-
-/// C = rows of the tile.
-template <bool VECTORIZED, uint C, typename T, typename Acc, bool GATED>
-inline void gate_up_prefill4_body(device const T* x, device const T* w1, device const T* bias,
-                                  device const uint* sorted_rows, device T* h, RowTile tile, uint intermediate,
-                                  uint first_column, constant ExpertsArgs& args, uint simdgroup, uint lane) {
+  const uint slot = group.y, token = group.z;
   const uint slots = args.top_k + args.shared;
-  Rows<T, C> from;
-  device T* to[C];
-  for (uint c = 0; c < C; ++c) {
-    from.row[c] = x + ulong(sorted_rows[tile.first_row + c] / slots) * args.x_row_stride;
-    to[c] = h + ulong(tile.first_row + c) * args.h_row_stride;
-  }
-  gate_up_columns<VECTORIZED, Acc, GATED>(w1, bias, from, to, intermediate, first_column, args, simdgroup, lane);
-}
-
-template <bool VECTORIZED, typename T, typename Acc, bool GATED>
-inline void gate_up_prefill4_rows(device const T* x, device const T* w, device const T* b, device const uint* sorted_rows,
-                                  device T* h, RowTile tile, uint intermediate, uint first_column,
-                                  constant ExpertsArgs& args, uint simdgroup, uint lane) {
-  switch (tile.rows) {
-  case 1:
-    return gate_up_prefill4_body<VECTORIZED, 1, T, Acc, GATED>(x, w, b, sorted_rows, h, tile, intermediate,
-                                                               first_column, args, simdgroup, lane);
-  case 2:
-    return gate_up_prefill4_body<VECTORIZED, 2, T, Acc, GATED>(x, w, b, sorted_rows, h, tile, intermediate,
-                                                               first_column, args, simdgroup, lane);
-  case 3:
-    return gate_up_prefill4_body<VECTORIZED, 3, T, Acc, GATED>(x, w, b, sorted_rows, h, tile, intermediate,
-                                                               first_column, args, simdgroup, lane);
-  default:
-    return gate_up_prefill4_body<VECTORIZED, 4, T, Acc, GATED>(x, w, b, sorted_rows, h, tile, intermediate,
-                                                               first_column, args, simdgroup, lane);
-  }
+  const uint expert =
+      slot < args.top_k
+          ? load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride, args.id_words, args.experts)
+          : args.experts + slot - args.top_k;
+  if (expert == NO_EXPERT)
+    return; // dropped: `down` skips the row too
+  const SortedRows<T> rows{x + ulong(token) * args.x_row_stride, 0};
+  device T* to = h + (ulong(token) * slots + slot) * args.h_row_stride;
+  if (args.vectorized)
+    gate_up_gemv<true, 1, T, Acc, GATED>(rows, 1, w1, shared_w1, bias, expert, to, group.x * GEMV_TILE_N, args,
+                                         simdgroup, lane);
+  else
+    gate_up_gemv<false, 1, T, Acc, GATED>(rows, 1, w1, shared_w1, bias, expert, to, group.x * GEMV_TILE_N, args,
+                                          simdgroup, lane);
 }
 
 template <typename T, typename Acc, bool GATED>
@@ -91,21 +114,16 @@ gate_up_prefill4(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)
                  uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                  uint lane [[thread_index_in_simdgroup]]) {
   const RowTile tile = tiles[group.x];
-  const uint first_column = group.y * GEMV_TILE_N;
-  const uint intermediate = tile.expert < args.experts ? args.intermediate : args.shared_intermediate;
-  if (tile.rows == 0 || first_column >= intermediate)
+  if (tile.rows == 0)
     return;
-  const uint rows = GATED ? 2 : 1;
-  device const T* w = dense_expert(w1, shared_w1, tile.expert, args.experts,
-                                   ulong(rows * args.intermediate) * args.hidden,
-                                   ulong(rows * args.shared_intermediate) * args.hidden);
-  device const T* b = tile.expert < args.experts ? bias + ulong(tile.expert) * rows * args.intermediate : nullptr;
+  const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k + args.shared, args.x_row_stride};
+  device T* to = h + ulong(tile.first_row) * args.h_row_stride;
   if (args.vectorized)
-    gate_up_prefill4_rows<true, T, Acc, GATED>(x, w, b, sorted_rows, h, tile, intermediate, first_column, args,
-                                               simdgroup, lane);
+    gate_up_gemv<true, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to, group.y * GEMV_TILE_N,
+                                         args, simdgroup, lane);
   else
-    gate_up_prefill4_rows<false, T, Acc, GATED>(x, w, b, sorted_rows, h, tile, intermediate, first_column, args,
-                                                simdgroup, lane);
+    gate_up_gemv<false, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to, group.y * GEMV_TILE_N,
+                                          args, simdgroup, lane);
 }
 
 template <typename T, typename Acc, bool GATED, uint ROW_TILE, uint TILE_N, uint K_BYTES, bool STAGE_WEIGHTS>

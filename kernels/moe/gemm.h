@@ -14,6 +14,7 @@
 #include "../tiles/rows.h"
 #include "activation.h"
 #include "group.h"
+#include "row_source.h"
 #include <metal_simdgroup_matrix>
 
 constexpr constant uint GEMM_LANE_SIMDGROUPS = simdgroups(GEMM_SIMDGROUPS, SIMD_WIDTH);
@@ -29,24 +30,6 @@ template <typename T> struct WeightRows {
   device const T* at(uint matrix, uint column, uint K) thread const {
     return base + ulong(column * column_step + matrix * matrix_step) * K;
   }
-};
-
-/// Rows of hidden states in expert order, through the sorted assignments.
-template <typename T> struct GatheredRows {
-  device const T* x;
-  device const uint* assignments;
-  uint slots;
-  uint stride;
-
-  device const T* at(uint row) thread const { return x + ulong(assignments[row] / slots) * stride; }
-};
-
-/// Rows that already stand in expert order.
-template <typename T> struct SortedRows {
-  device const T* first;
-  uint stride;
-
-  device const T* at(uint row) thread const { return first + ulong(row) * stride; }
 };
 
 /// The weight rows of a threadgroup as rows to stage: first those of matrix 0, then of matrix 1; past the last column
