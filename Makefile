@@ -85,10 +85,9 @@ $(TOOLS): $(SYSTEM) constraints.txt
 # The package as a user gets it, with all it depends on; CMake's files stay in $(BUILD) and serve the C++ tests too.
 $(INSTALLED): $(TOOLS) $(SOURCES)
 	@echo "make: building and installing metal_moe (minutes the first time, seconds after that)"
-	@. $(SYSTEM); $(PIP) install --no-build-isolation -c constraints.txt \
+	@. $(SYSTEM); CMAKE_PREFIX_PATH="$$PREFIX" $(PIP) install --no-build-isolation -c constraints.txt \
 	  --config-settings=build-dir=$(BUILD) \
 	  --config-settings=cmake.define.METAL_MOE_BUILD_TESTS=$$TESTS \
 	  --config-settings=cmake.define.METAL_MOE_BUILD_BENCH=$$BENCH \
-	  --config-settings=cmake.define.CMAKE_PREFIX_PATH="$$PREFIX" \
 	  '.[dev]'
 	@touch $@
