@@ -174,12 +174,13 @@ py::list kernels(std::string_view engine_name) {
   py::list list;
   for (const KernelEntry& entry : kernel_table()) {
     const bool expert = entry.variant != nullptr;
-    list.append(py::dict("name"_a = entry.name, "family"_a = expert ? family_name(entry.variant->family, false) : "",
-                         "stage"_a = stage_name(entry.stage), "format"_a = expert ? "dense" : "",
-                         "dtype"_a = dtype_name(entry.dtype),
-                         "accumulation"_a = !expert ? "" : entry.fp32_accumulation ? "fp32" : "fp16",
-                         "row_tile"_a = expert ? entry.variant->row_tile : 0,
-                         "tile_n"_a = expert ? entry.variant->tile_n : 0));
+    list.append(py::dict(
+        "name"_a = entry.name, "family"_a = expert ? family_name(entry.variant->family, false) : "",
+        "stage"_a = stage_name(entry.stage), "format"_a = expert ? "dense" : "", "dtype"_a = dtype_name(entry.dtype),
+        "accumulation"_a = !expert                   ? ""
+                           : entry.fp32_accumulation ? "fp32"
+                                                     : "fp16",
+        "row_tile"_a = expert ? entry.variant->row_tile : 0, "tile_n"_a = expert ? entry.variant->tile_n : 0));
   }
   return list;
 }
@@ -205,8 +206,8 @@ py::dict device_info(std::string_view engine_name) {
 py::dict pool_stats(std::string_view engine_name) {
   const BufferPool::Statistics s = MoeEngine::get(engine_name).context().pool().statistics();
   return py::dict("hits"_a = s.hits, "misses"_a = s.misses, "trimmed"_a = s.trimmed, "bytes_in_use"_a = s.bytes_in_use,
-                  "bytes_idle"_a = s.bytes_idle, "high_water"_a = s.high_water,
-                  "buffers_in_use"_a = s.buffers_in_use, "buffers_idle"_a = s.buffers_idle);
+                  "bytes_idle"_a = s.bytes_idle, "high_water"_a = s.high_water, "buffers_in_use"_a = s.buffers_in_use,
+                  "buffers_idle"_a = s.buffers_idle);
 }
 
 void checked_set_num_threads(int threads) {
@@ -243,10 +244,12 @@ PYBIND11_MODULE(_core, m) {
   m.def("last_dispatch", &last_dispatch_dict, "What this thread's last operation ran.");
   m.def("device_info", &device_info, "engine"_a);
   m.def("pool_stats", &pool_stats, "engine"_a, "Scratch buffers: counts and bytes.");
-  m.def("pool_trim", [](std::string_view engine) { return MoeEngine::get(engine).context().pool().trim(); }, "engine"_a,
-        "Frees idle scratch buffers; returns the bytes freed.");
-  m.def("set_library_path", [](std::string path) { MoeEngine::set_library_path(std::move(path)); }, "path"_a,
-        "The metallib that engines load; before their first use.");
+  m.def(
+      "pool_trim", [](std::string_view engine) { return MoeEngine::get(engine).context().pool().trim(); }, "engine"_a,
+      "Frees idle scratch buffers; returns the bytes freed.");
+  m.def(
+      "set_library_path", [](std::string path) { MoeEngine::set_library_path(std::move(path)); }, "path"_a,
+      "The metallib that engines load; before their first use.");
   m.def("set_num_threads", &checked_set_num_threads, "threads"_a, "Threads of the native engine.");
   m.def("get_num_threads", &num_threads);
   m.def("set_exact_seed", &set_exact_seed, "seed"_a, "Seed of the exact engine's schedule.");

@@ -46,12 +46,12 @@ private:
 class BufferPool {
 public:
   struct Statistics {
-    uint64_t hits;        // loans served from idle buffers
-    uint64_t misses;      // loans that allocated
-    uint64_t trimmed;     // buffers given back to the device
-    size_t bytes_in_use;  // capacity on loan now
-    size_t bytes_idle;    // capacity kept for later
-    size_t high_water;    // largest bytes_in_use ever
+    uint64_t hits;       // loans served from idle buffers
+    uint64_t misses;     // loans that allocated
+    uint64_t trimmed;    // buffers given back to the device
+    size_t bytes_in_use; // capacity on loan now
+    size_t bytes_idle;   // capacity kept for later
+    size_t high_water;   // largest bytes_in_use ever
     size_t buffers_in_use;
     size_t buffers_idle;
   };

@@ -10,8 +10,7 @@ CommandStream::CommandStream(NS::SharedPtr<MTL::CommandQueue> queue, BufferPool&
     : queue_(std::move(queue)), pool_(pool), policy_(policy) {}
 
 CommandStream::CommandStream(MTL::CommandBuffer* commands, MTL::ComputeCommandEncoder* encoder, BufferPool& pool)
-    : pool_(pool), policy_{}, encoder_(NS::RetainPtr(encoder)),
-      encoding_(std::make_unique<Submission>()) {
+    : pool_(pool), policy_{}, encoder_(NS::RetainPtr(encoder)), encoding_(std::make_unique<Submission>()) {
   encoding_->commands = NS::RetainPtr(commands);
 }
 

@@ -51,7 +51,8 @@ std::unique_ptr<CommandStream> Context::new_stream(const CommandStream::Policy& 
 NS::SharedPtr<MTL::Buffer> Context::wrap(const void* memory, size_t bytes) const {
   auto buffer = NS::TransferPtr(device_->newBuffer(memory, bytes, MTL::ResourceStorageModeShared, nullptr));
   if (!buffer)
-    throw std::runtime_error("device '" + name_ + "' cannot use " + std::to_string(bytes) + " bytes of host memory in place");
+    throw std::runtime_error("device '" + name_ + "' cannot use " + std::to_string(bytes) +
+                             " bytes of host memory in place");
   return buffer;
 }
 

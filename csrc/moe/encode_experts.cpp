@@ -26,7 +26,8 @@ Vectorized vectorized(const TensorView& x, const ExpertsLayer& layer, const Laye
   return {shape.hidden % 8 == 0 && rows_aligned(x, x_row_stride) && rows_aligned(layer.w1, shape.hidden) &&
               (!shared || rows_aligned(layer.shared_w1, shape.hidden)),
           shape.intermediate % 8 == 0 && rows_aligned(layer.w2, shape.intermediate) &&
-              (!shared || (shape.shared_intermediate % 8 == 0 && rows_aligned(layer.shared_w2, shape.shared_intermediate)))};
+              (!shared ||
+               (shape.shared_intermediate % 8 == 0 && rows_aligned(layer.shared_w2, shape.shared_intermediate)))};
 }
 
 /// Why `simd` cannot run a layer that is not vectorised.
@@ -39,8 +40,8 @@ Vectorized vectorized(const TensorView& x, const ExpertsLayer& layer, const Laye
   };
   const auto rows = [&](const char* argument, const TensorView& tensor, uint64_t row_stride) {
     if (problem.empty() && !rows_aligned(tensor, row_stride))
-      problem = std::string(argument) + " has rows that do not start at multiples of " +
-                std::to_string(VECTOR_BYTES) + " bytes";
+      problem = std::string(argument) + " has rows that do not start at multiples of " + std::to_string(VECTOR_BYTES) +
+                " bytes";
   };
   size("hidden_states", "H", shape.hidden);
   size("w2", "I", shape.intermediate);
@@ -119,8 +120,7 @@ void Encoding::decode() {
   stream.bind(6, shared_weights.view);
   stream.bind(7, out.view());
   stream.bind_value(8, args);
-  stream.dispatch(MTL::Size(plan.down_blocks, shape.tokens, 1), threads,
-                  plan.down_weight_bytes + activation_bytes());
+  stream.dispatch(MTL::Size(plan.down_blocks, shape.tokens, 1), threads, plan.down_weight_bytes + activation_bytes());
 }
 
 void Encoding::grouped() {
@@ -214,8 +214,8 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& 
                     const SlotsView& ids, const SlotsView& weights, uint32_t top_k, const TensorView& out) {
   const LayerShape shape = layer_shape(x, layer, top_k);
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16;
-  const Family family = layer.family ? parse_family(*layer.family, fp32_accumulation)
-                                     : select_family(engine.tuning(), shape.tokens);
+  const Family family =
+      layer.family ? parse_family(*layer.family, fp32_accumulation) : select_family(engine.tuning(), shape.tokens);
   if (shape.tokens == 0)
     return;
   const ExpertsPlan plan = plan_experts(engine.tuning(), family, shape, fp32_accumulation);
@@ -229,8 +229,7 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& 
   args.shared = shape.shared;
   args.top_k = shape.top_k;
   // One row has no stride of its own: the row length keeps it aligned.
-  args.x_row_stride =
-      shape.tokens > 1 ? size_argument("row stride of hidden_states", x.strides[0]) : shape.hidden;
+  args.x_row_stride = shape.tokens > 1 ? size_argument("row stride of hidden_states", x.strides[0]) : shape.hidden;
   args.h_row_stride = plan.h_row_stride;
   args.out_row_stride = shape.hidden;
   args.ids_token_stride = ids.token_stride;
@@ -241,7 +240,8 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& 
   args.weights_type = weights.type;
   SlotsView shared_weights{weights.view};
   if (layer.shared_weights) {
-    shared_weights = {layer.shared_weights.view(), stride_argument("token stride of shared_weights", layer.shared_weights, 0),
+    shared_weights = {layer.shared_weights.view(),
+                      stride_argument("token stride of shared_weights", layer.shared_weights, 0),
                       stride_argument("slot stride of shared_weights", layer.shared_weights, 1),
                       static_cast<uint32_t>(layer.shared_weights.dtype)};
     args.has_shared_weights = 1;

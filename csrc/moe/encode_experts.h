@@ -11,12 +11,12 @@ namespace metal_moe {
 /// Weights and options of the experts, shapes as fused_experts of the Python package documents them. Absent tensors are
 /// empty views.
 struct ExpertsLayer {
-  TensorView w1;        // [E, 2I, H], relu2: [E, I, H]
-  TensorView w2;        // [E, H, I]
-  TensorView bias1;     // [E, 2I] or [E, I]
-  TensorView bias2;     // [E, H]
-  TensorView shared_w1; // [N, 2Is, H] or [N, Is, H]
-  TensorView shared_w2; // [N, H, Is]
+  TensorView w1;             // [E, 2I, H], relu2: [E, I, H]
+  TensorView w2;             // [E, H, I]
+  TensorView bias1;          // [E, 2I] or [E, I]
+  TensorView bias2;          // [E, H]
+  TensorView shared_w1;      // [N, 2Is, H] or [N, Is, H]
+  TensorView shared_w2;      // [N, H, Is]
   TensorView shared_weights; // [T, N]; absent: 1
   Activation activation = ACTIVATION_SILU;
   bool interleaved = false;

@@ -16,7 +16,8 @@ public:
   MoeEngine(const std::string& device_name, std::string library_path);
 
   /// The engine of the device `name` (see Context), made at first use with the library of set_library_path and kept for
-  /// the life of the program. Thread-safe; a few nanoseconds once it exists. What failed is tried again by a later call.
+  /// the life of the program. Thread-safe; a few nanoseconds once it exists. What failed is tried again by a later
+  /// call.
   static MoeEngine& get(std::string_view name);
 
   /// The metallib of engines made from here on.

@@ -15,7 +15,8 @@ SlotsView ids_view(const TensorView& ids);
 /// [tokens, slots] weights (fp32, fp16 or bf16) of a tensor.
 SlotsView weights_view(const TensorView& weights);
 
-/// Route and experts in one command buffer: out [T, H] from x [T, H] and logits [T, E]. Ids and weights stay in scratch.
+/// Route and experts in one command buffer: out [T, H] from x [T, H] and logits [T, E]. Ids and weights stay in
+/// scratch.
 void encode_fused_moe(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
                       const TensorView& logits, const TensorView& bias, uint32_t top_k, const RoutingOptions& options,
                       const TensorView& out);

@@ -8,7 +8,8 @@ namespace {
 
 void check_bits(const char* name, std::optional<int64_t> bits) {
   if (bits && *bits != 16 && *bits != 32)
-    throw std::invalid_argument(std::string(name) + " is " + std::to_string(*bits) + ": must be None, 16 or 32 (dense)");
+    throw std::invalid_argument(std::string(name) + " is " + std::to_string(*bits) +
+                                ": must be None, 16 or 32 (dense)");
 }
 
 } // namespace
@@ -28,8 +29,7 @@ uint32_t select_variant(const Tuning& tuning, Family family, uint64_t routed_row
   while (VARIANTS[variant].family != family)
     ++variant;
   const double wanted = tuning.row_tile_per_mean_rows * static_cast<double>(routed_rows) / std::max(experts, 1u);
-  while (VARIANTS[variant].row_tile < wanted && variant + 1 < VARIANTS.size() &&
-         VARIANTS[variant + 1].family == family)
+  while (VARIANTS[variant].row_tile < wanted && variant + 1 < VARIANTS.size() && VARIANTS[variant + 1].family == family)
     ++variant;
   return variant;
 }

@@ -16,8 +16,8 @@ constexpr const char* FAMILY_NAMES[FAMILIES][2] = {{"moe_decode", "moe_decode_fp
                                                    {"moe_base", "moe_base_fp32acc"},
                                                    {"moe_large_batch", "moe_large_batch_fp32acc"},
                                                    {"moe_simd", "moe_simd_fp32acc"}};
-constexpr const char* STAGE_NAMES[] = {"gate_up", "up", "down", "route", "group", "pad_groups", "combine",
-                                       "gather_experts"};
+constexpr const char* STAGE_NAMES[] = {"gate_up", "up",         "down",    "route",
+                                       "group",   "pad_groups", "combine", "gather_experts"};
 constexpr Dtype FLOATS[] = {Dtype::Fp32, Dtype::Fp16, Dtype::Bf16};
 
 /// "gate_up_large_batch_fp32acc_m16_bf16": stage, family, accumulation, row tile, dtype.
@@ -32,8 +32,8 @@ std::vector<KernelEntry> build_table() {
   for (uint32_t variant = 0; variant < VARIANTS.size(); ++variant)
     for (Stage stage : {Stage::GateUp, Stage::Up, Stage::Down}) {
       const auto add = [&](Dtype dtype, bool fp32) {
-        table[expert_kernel(variant, stage, dtype, fp32)] = {
-            expert_kernel_name(stage, VARIANTS[variant], dtype, fp32), stage, &VARIANTS[variant], dtype, fp32};
+        table[expert_kernel(variant, stage, dtype, fp32)] = {expert_kernel_name(stage, VARIANTS[variant], dtype, fp32),
+                                                             stage, &VARIANTS[variant], dtype, fp32};
       };
       for (Dtype dtype : FLOATS)
         add(dtype, true);

@@ -31,7 +31,7 @@ struct Variant {
 };
 
 /// In order of family, then row tile.
-constexpr std::array<Variant, 8> VARIANTS{{
+inline constexpr std::array<Variant, 8> VARIANTS{{
     {Family::Decode, 1, GEMV_TILE_N, 0, false, ""},
     {Family::Prefill4, PREFILL4_ROW_TILE, GEMV_TILE_N, 0, false, ""},
     {Family::Base, BASE_ROW_TILE, BASE_TILE_N, BASE_K_BYTES, true, ""},
@@ -53,7 +53,7 @@ struct KernelEntry {
 /// A place in the table; also the pipeline's number.
 using KernelIndex = uint32_t;
 
-constexpr KernelIndex EXPERT_STAGES = 3;    // GateUp, Up, Down
+constexpr KernelIndex EXPERT_STAGES = 3;     // GateUp, Up, Down
 constexpr KernelIndex EXPERT_PRECISIONS = 4; // fp32, fp16, bf16 with fp32 accumulation; fp16 with fp16 accumulation
 constexpr KernelIndex EXPERT_KERNELS = VARIANTS.size() * EXPERT_STAGES * EXPERT_PRECISIONS;
 constexpr KernelIndex ROUTE_KERNEL = EXPERT_KERNELS;

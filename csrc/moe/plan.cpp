@@ -34,8 +34,7 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
 
   const uint32_t variant = select_variant(tuning, family, uint64_t(shape.tokens) * shape.top_k, shape.experts);
   plan.variant = &VARIANTS[variant];
-  plan.gate_up =
-      expert_kernel(variant, shape.gated ? Stage::GateUp : Stage::Up, shape.dtype, plan.fp32_accumulation);
+  plan.gate_up = expert_kernel(variant, shape.gated ? Stage::GateUp : Stage::Up, shape.dtype, plan.fp32_accumulation);
   plan.down = expert_kernel(variant, Stage::Down, shape.dtype, plan.fp32_accumulation);
   plan.combine = combine_kernel(shape.dtype);
 
@@ -51,8 +50,8 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
   plan.down_blocks = ceil_div(shape.hidden, tile_n);
   if (plan.variant->k_bytes) {
     const uint32_t weight_rows = plan.variant->stages_weights ? tile_n : 0;
-    plan.gate_up_memory = gemm_threadgroup_bytes(plan.variant->row_tile, weight_rows * (shape.gated ? 2 : 1),
-                                                 plan.variant->k_bytes);
+    plan.gate_up_memory =
+        gemm_threadgroup_bytes(plan.variant->row_tile, weight_rows * (shape.gated ? 2 : 1), plan.variant->k_bytes);
     plan.down_memory = gemm_threadgroup_bytes(plan.variant->row_tile, weight_rows, plan.variant->k_bytes);
   }
 

@@ -1,0 +1,201 @@
+// Kernel table, selection and plan: names, thresholds, tiles, limits.
+#include "core_support.h"
+
+#include "moe/group.h"
+
+#include <map>
+#include <random>
+#include <set>
+
+namespace metal_moe::testing {
+namespace {
+
+TEST(KernelTable, NamesAreUniqueAndDescribeTheKernel) {
+  std::set<std::string> names;
+  for (const KernelEntry& entry : kernel_table())
+    EXPECT_TRUE(names.insert(entry.name).second) << entry.name;
+  EXPECT_EQ(names.size(), KERNELS);
+  for (const char* name : {"gate_up_decode_bf16", "gate_up_decode_fp32acc_bf16", "up_prefill4_fp32acc_fp32",
+                           "down_base_fp16", "gate_up_large_batch_fp32acc_m16_bf16", "down_large_batch_m32_fp16",
+                           "up_simd_fp32acc_m8_fp32", "route", "group", "pad_groups", "combine_bf16", "gather_experts"})
+    EXPECT_EQ(names.count(name), std::string(name) == "gate_up_decode_bf16" ? 0u : 1u) << name;
+}
+
+TEST(KernelTable, IndexAndEntryAgree) {
+  for (uint32_t variant = 0; variant < VARIANTS.size(); ++variant)
+    for (Stage stage : {Stage::GateUp, Stage::Up, Stage::Down})
+      for (Dtype dtype : {Dtype::Fp32, Dtype::Fp16, Dtype::Bf16})
+        for (bool fp32 : {true, false}) {
+          if (!fp32 && dtype != Dtype::Fp16)
+            continue;
+          const KernelEntry& entry = kernel_table()[expert_kernel(variant, stage, dtype, fp32)];
+          EXPECT_EQ(entry.variant, &VARIANTS[variant]);
+          EXPECT_EQ(entry.stage, stage);
+          EXPECT_EQ(entry.dtype, dtype);
+          EXPECT_EQ(entry.fp32_accumulation, fp32);
+        }
+  EXPECT_EQ(kernel_table()[combine_kernel(Dtype::Bf16)].name, "combine_bf16");
+}
+
+TEST(KernelTable, EveryKernelOfTheLibraryHasAPipeline) {
+  for (const char* name : {"native", "exact"}) {
+    MoeEngine& on = engine(name);
+    EXPECT_NO_THROW(check_kernel_table(on.context().library().function_names(), "library"));
+    for (KernelIndex i = 0; i < KERNELS; ++i) {
+      const Pipeline& pipeline = on.pipeline(i);
+      EXPECT_EQ(pipeline.name, kernel_table()[i].name);
+      EXPECT_EQ(&pipeline, &on.pipeline(i)) << "cached";
+    }
+  }
+}
+
+TEST(KernelTable, ADifferentLibraryIsRefusedByName) {
+  auto names = engine("native").context().library().function_names();
+  std::erase(names, "route");
+  names.push_back("rout");
+  try {
+    check_kernel_table(names, "some.metallib");
+    FAIL() << "no exception";
+  } catch (const std::runtime_error& error) {
+    EXPECT_EQ(std::string(error.what()), "kernel library 'some.metallib' does not match the kernel table; "
+                                         "missing: route; not in the table: rout");
+  }
+}
+
+TEST(Context, ErrorsNameDeviceAndLibrary) {
+  try {
+    Context("metal9", METAL_MOE_TEST_LIBRARY);
+    FAIL() << "no exception";
+  } catch (const std::invalid_argument& error) {
+    EXPECT_NE(std::string(error.what()).find("'metal9'"), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find("native"), std::string::npos) << error.what();
+  }
+  try {
+    Context("native", "/nowhere/at.metallib");
+    FAIL() << "no exception";
+  } catch (const std::runtime_error& error) {
+    EXPECT_NE(std::string(error.what()).find("/nowhere/at.metallib"), std::string::npos) << error.what();
+  }
+  EXPECT_THROW(engine("native").context().pipelines().get(KERNELS, "no_such_kernel"), std::runtime_error);
+}
+
+TEST(Selection, FollowsThePublishedTable) {
+  const std::map<int64_t, std::pair<std::string, uint32_t>> table = {
+      {0, {"moe_decode", 64}},        {1, {"moe_decode", 64}},          {2, {"moe_prefill4", 64}},
+      {16, {"moe_prefill4", 64}},     {17, {"moe_base", 64}},           {32, {"moe_base", 64}},
+      {33, {"moe_large_batch", 128}}, {4096, {"moe_large_batch", 128}}, {int64_t(1) << 40, {"moe_large_batch", 128}}};
+  for (const auto& [batch_size, expected] : table)
+    for (bool fp32 : {false, true}) {
+      const Selection got = select_moe_kernel(batch_size, fp32, {}, 16, 32);
+      EXPECT_EQ(got.name, expected.first + (fp32 ? "_fp32acc" : "")) << batch_size;
+      EXPECT_EQ(got.tile_n, expected.second) << batch_size;
+      EXPECT_NO_THROW(parse_family(got.name, true)) << "every name it returns exists";
+    }
+}
+
+TEST(Selection, RefusesWhatItCannotServe) {
+  EXPECT_THROW(select_moe_kernel(-1, true, {}, {}, {}), std::invalid_argument);
+  try {
+    select_moe_kernel(1, true, 16, 4, 16);
+    FAIL() << "no exception";
+  } catch (const std::invalid_argument& error) {
+    EXPECT_EQ(std::string(error.what()), "up_bits is 4: must be None, 16 or 32 (dense)");
+  }
+}
+
+TEST(Selection, FamiliesByName) {
+  EXPECT_EQ(parse_family("moe_decode", false), Family::Decode);
+  EXPECT_EQ(parse_family("moe_decode", true), Family::Decode);
+  EXPECT_EQ(parse_family("large_batch_fp32acc", true), Family::LargeBatch);
+  EXPECT_EQ(parse_family("moe_simd", true), Family::Simd);
+  EXPECT_THROW(parse_family("moe_simd_fp32acc", false), std::invalid_argument);
+  for (const char* name : {"", "moe_", "moe", "moe_decode_", "decode_fp16", "Moe_Decode"})
+    EXPECT_THROW(parse_family(name, true), std::invalid_argument) << name;
+}
+
+TEST(Selection, RowTileFollowsRowsPerExpert) {
+  const Tuning tuning;
+  const auto row_tile = [&](Family family, uint64_t rows, uint32_t experts) {
+    return VARIANTS[select_variant(tuning, family, rows, experts)].row_tile;
+  };
+  EXPECT_EQ(row_tile(Family::LargeBatch, 64 * 16, 64), 16u);
+  EXPECT_EQ(row_tile(Family::LargeBatch, 64 * 16 + 1, 64), 32u);
+  EXPECT_EQ(row_tile(Family::LargeBatch, 1 << 20, 1), 32u);
+  EXPECT_EQ(row_tile(Family::Simd, 8, 1), 8u);
+  EXPECT_EQ(row_tile(Family::Simd, 16, 1), 16u);
+  EXPECT_EQ(row_tile(Family::Simd, 1 << 20, 1), 32u);
+  EXPECT_EQ(row_tile(Family::Base, 1 << 20, 1), BASE_ROW_TILE);
+  EXPECT_EQ(row_tile(Family::Decode, 1 << 20, 1), 1u);
+}
+
+TEST(Plan, TileTableHoldsEveryRouting) {
+  std::mt19937 random(7);
+  for (int trial = 0; trial < 20000; ++trial) {
+    const uint32_t experts = 1 + random() % 12, row_tile = 1 + random() % 9, rows = random() % 60;
+    std::vector<uint32_t> count(experts);
+    for (uint32_t r = 0; r < rows; ++r)
+      count[random() % (1 + random() % experts)] += 1;
+    uint32_t tiles = 0;
+    for (uint32_t c : count)
+      tiles += ceil_div(c, row_tile);
+    ASSERT_LE(tiles, max_row_tiles(rows, row_tile, experts)) << rows << " rows, " << experts << " experts";
+  }
+  // Tight: one row each in all experts but one, which has the rest.
+  EXPECT_EQ(max_row_tiles(16, 4, 4), 7u);
+  EXPECT_EQ(max_row_tiles(0, 4, 4), 0u);
+  EXPECT_EQ(max_row_tiles(5, 4, 1), 2u);
+}
+
+LayerShape glm() {
+  LayerShape shape;
+  shape.tokens = 128;
+  shape.hidden = 2048;
+  shape.intermediate = 1536;
+  shape.experts = 64;
+  shape.top_k = 4;
+  shape.shared = 1;
+  shape.shared_intermediate = 1540;
+  shape.dtype = Dtype::Bf16;
+  return shape;
+}
+
+TEST(Plan, SizesOfARealLayer) {
+  const ExpertsPlan plan = plan_experts({}, Family::LargeBatch, glm(), false);
+  EXPECT_TRUE(plan.fp32_accumulation) << "bf16 has no other";
+  EXPECT_EQ(kernel_table()[plan.gate_up].name, "gate_up_large_batch_fp32acc_m16_bf16");
+  EXPECT_EQ(kernel_table()[plan.down].name, "down_large_batch_fp32acc_m16_bf16");
+  EXPECT_EQ(plan.rows, 128u * 5);
+  EXPECT_EQ(plan.h_row_stride, 1544u);
+  EXPECT_EQ(plan.gate_up_blocks, 13u);
+  EXPECT_EQ(plan.down_blocks, 16u);
+  EXPECT_EQ(plan.h_bytes, size_t(640) * 1544 * 2);
+  EXPECT_EQ(plan.y_bytes, size_t(640) * 2048 * 4);
+  EXPECT_EQ(plan.down_weight_bytes, (size_t(64) * 1536 + 1540) * 2048 * 2);
+}
+
+TEST(Plan, EveryVariantFitsTheThreadgroupMemoryOfEveryDevice) {
+  for (Family family : {Family::Decode, Family::Prefill4, Family::Base, Family::LargeBatch, Family::Simd})
+    for (uint32_t tokens : {1u, 64u, 128u, 512u, 4096u}) {
+      LayerShape shape = glm();
+      shape.tokens = tokens;
+      const ExpertsPlan plan = plan_experts({}, family, shape, true);
+      EXPECT_LE(plan.gate_up_memory, 32768u);
+      EXPECT_LE(plan.down_memory, 32768u);
+      EXPECT_EQ(plan.grouped, family != Family::Decode);
+    }
+}
+
+TEST(Plan, RefusesMoreThanTheGroupingKernelTakes) {
+  LayerShape shape = glm();
+  shape.tokens = GROUP_MAX_ASSIGNMENTS / 5 + 1;
+  EXPECT_THROW(plan_experts({}, Family::LargeBatch, shape, true), std::invalid_argument);
+  EXPECT_NO_THROW(plan_experts({}, Family::Decode, shape, true));
+  shape = glm();
+  shape.experts = GROUP_MAX_EXPERTS;
+  EXPECT_THROW(plan_experts({}, Family::Base, shape, true), std::invalid_argument);
+  shape.shared = 0;
+  EXPECT_NO_THROW(plan_experts({}, Family::Base, shape, true));
+}
+
+} // namespace
+} // namespace metal_moe::testing
