@@ -30,7 +30,7 @@ inline float slot_weight(device const uchar* topk_weights, device const uchar* s
 }
 
 template <typename T>
-[[kernel, max_total_threads_per_threadgroup(COMBINE_SIMDGROUPS* SIMD_WIDTH)]]
+[[kernel, max_total_threads_per_threadgroup(THREADS)]]
 void combine(device const float* rows [[buffer(0)]], device const uint* inverse [[buffer(1)]],
              device const uchar* topk_weights [[buffer(2)]], device const uchar* shared_weights [[buffer(3)]],
              device T* out [[buffer(4)]], constant CombineArgs& args [[buffer(5)]],

@@ -39,7 +39,7 @@ inline void gather_block(device const uchar* weights, device uchar* to, ulong by
     copy_units<Unit>(weights + ulong(expert) * bytes_per_expert + begin, to, bytes, thread_index);
 }
 
-[[kernel, max_total_threads_per_threadgroup(GATHER_SIMDGROUPS* SIMD_WIDTH)]]
+[[kernel, max_total_threads_per_threadgroup(THREADS)]]
 void gather_experts(device const uchar* weights [[buffer(0)]], device const int* ids [[buffer(1)]],
                     device uchar* out [[buffer(2)]], constant GatherArgs& args [[buffer(3)]],
                     uint2 threadgroup_position [[threadgroup_position_in_grid]],

@@ -21,6 +21,7 @@
 
 constexpr constant uint LANE_SIMDGROUPS = simdgroups(GROUP_SIMDGROUPS, SIMD_WIDTH);
 constexpr constant uint THREADS = LANE_SIMDGROUPS * SIMD_WIDTH;
+constexpr constant uint PAD_THREADS = simdgroups(PAD_SIMDGROUPS, SIMD_WIDTH) * SIMD_WIDTH;
 
 inline uint divide_up(uint a, uint b) { return (a + b - 1) / b; }
 
@@ -69,7 +70,7 @@ inline ulong lanes_of_expert(uint expert, uint experts) {
   return present ? lanes : 0;
 }
 
-[[kernel, max_total_threads_per_threadgroup(GROUP_SIMDGROUPS* SIMD_WIDTH)]]
+[[kernel, max_total_threads_per_threadgroup(THREADS)]]
 void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)]],
            device uint* sorted_rows [[buffer(2)]], device uint* inverse [[buffer(3)]],
            device RowTile* tiles [[buffer(4)]], constant GroupArgs& args [[buffer(5)]],
@@ -215,7 +216,7 @@ void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)
 //
 // A threadgroup takes a piece of one expert's row; the loops make any grid right (group.h names the intended one).
 // Bytes: 4 * E * capacity written, at most as many read.
-[[kernel, max_total_threads_per_threadgroup(PAD_SIMDGROUPS* SIMD_WIDTH)]]
+[[kernel, max_total_threads_per_threadgroup(PAD_THREADS)]]
 void pad_groups(device const uint* offsets [[buffer(0)]], device const uint* sorted_rows [[buffer(1)]],
                 device int* padded [[buffer(2)]], constant PadArgs& args [[buffer(3)]],
                 uint2 threadgroup_position [[threadgroup_position_in_grid]],

@@ -24,6 +24,7 @@
 constexpr constant uint EXPERTS_PER_LANE = (ROUTE_MAX_EXPERTS + SIMD_WIDTH - 1) / SIMD_WIDTH;
 constexpr constant uint CHOSEN_PER_LANE = (ROUTE_MAX_TOP_K + SIMD_WIDTH - 1) / SIMD_WIDTH;
 constexpr constant uint LANE_SIMDGROUPS = simdgroups(ROUTE_SIMDGROUPS, SIMD_WIDTH);
+constexpr constant uint THREADS = LANE_SIMDGROUPS * SIMD_WIDTH;
 
 // Per-lane arrays stay in a GPU's registers only where every index is a constant.
 #if SIMD_WIDTH == 1
@@ -141,7 +142,7 @@ inline void keep_best_groups(thread uint (&keys)[EXPERTS_PER_LANE], thread const
   FOR_LANE_EXPERTS(i) keys[i] = group_keys[i] == KEY_TAKEN ? keys[i] : KEY_INELIGIBLE;
 }
 
-[[kernel, max_total_threads_per_threadgroup(ROUTE_SIMDGROUPS* SIMD_WIDTH)]]
+[[kernel, max_total_threads_per_threadgroup(THREADS)]]
 void route(device const uchar* logits [[buffer(0)]], device const uchar* bias [[buffer(1)]],
            device float* weights [[buffer(2)]], device int* ids [[buffer(3)]], constant RouteArgs& args [[buffer(4)]],
            uint threadgroup_position [[threadgroup_position_in_grid]],
