@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 import torch.autograd.profiler as profiler
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import (
     _AutoDispatchBelowAutograd,
     _get_tracing_state,
@@ -39,6 +39,8 @@ _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 # Public argument -> argument of the operator: Inductor hands keyword arguments on by name to a function of its own that
 # has an argument named `kernel`.
 _RENAMED = {"kernel": "family"}
+
+_PLAIN_TYPES = (Tensor, Parameter)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,7 +83,7 @@ def operator(function: Callable[P, R] | None = None, *, name: str | None = None)
         return function(*args, **kwargs)
 
     def refuse_gradients(*args, **kwargs):
-        if torch.is_grad_enabled():
+        if is_grad_enabled():
             for argument, value in zip(op._schema.arguments, args, strict=False):
                 _refuse_gradient(name, argument.name, value)
             for argument_name, value in kwargs.items():
@@ -115,20 +117,15 @@ def _is_direct(args: tuple, kwargs: dict) -> bool:
         or profiler._is_profiler_enabled
     ):
         return False
-    gradients = torch.is_grad_enabled()
-    for value in args:
-        if isinstance(value, Tensor) and not _is_plain(value, gradients):
-            return False
-    for value in kwargs.values():
-        if isinstance(value, Tensor) and not _is_plain(value, gradients):
-            return False
+    gradients = is_grad_enabled()
+    for values in (args, kwargs.values()) if kwargs else (args,):
+        for value in values:
+            # An ordinary tensor, whose memory holds its values (no lazy negation), with no gradient to refuse.
+            if isinstance(value, Tensor) and (
+                type(value) not in _PLAIN_TYPES or value.is_neg() or (gradients and value.requires_grad)
+            ):
+                return False
     return True
-
-
-def _is_plain(tensor: Tensor, gradients: bool) -> bool:
-    """An ordinary tensor whose memory holds its values (no lazy negation), with no gradient to refuse."""
-    kind = type(tensor)
-    return (kind is Tensor or kind is Parameter) and not tensor.is_neg() and not (gradients and tensor.requires_grad)
 
 
 def _refuse_gradient(op: str, name: str, value: object) -> None:

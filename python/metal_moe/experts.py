@@ -1,5 +1,6 @@
 """The experts of an MoE layer: on given routes, with routing in the same command buffer, and gathered."""
 
+import torch
 from torch import Tensor
 
 from . import _core
@@ -124,7 +125,7 @@ def fused_experts(
         _EXPERTS_TENSORS,
         (hidden_states, w1, w2, topk_weights, topk_ids, w1_bias, w2_bias, shared_w1, shared_w2, shared_weights),
     )
-    out = hidden_states.new_empty(hidden_states.shape)
+    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     engine = engine_of(out)
     if engine is not None:
         _core.fused_experts(
@@ -245,7 +246,7 @@ def fused_moe(
         _MOE_TENSORS,
         (hidden_states, w1, w2, router_logits, correction_bias, w1_bias, w2_bias, shared_w1, shared_w2, shared_weights),
     )
-    out = hidden_states.new_empty(hidden_states.shape)
+    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     engine = engine_of(out)
     if engine is not None:
         _core.fused_moe(
