@@ -136,6 +136,11 @@ def make_layer(
         layer.options["shared_w2"] = normal(shared, hidden, width, scale=width**-0.5, **draw)
         if shared_weights:
             layer.options["shared_weights"] = torch.rand(tokens, shared, generator=generator)
+    if hidden == 1:
+        # A row of one element has no other to make up for it where terms cancel: keep all terms positive.
+        for tensor in (layer.hidden_states, layer.w1, layer.w2, *layer.options.values()):
+            if isinstance(tensor, torch.Tensor):
+                tensor.abs_()
     return layer
 
 

@@ -159,8 +159,7 @@ def test_other_operations():
     metal_moe.group_tokens(ids, 8)
     assert metal_moe.last_dispatch()["kernels"] == ["group"]
     metal_moe.group_tokens(ids, 8, capacity=9)
-    assert metal_moe.last_dispatch()["kernels"] == ["group", "pad_groups"]
-    assert metal_moe.last_dispatch()["commits"] <= 2
+    assert metal_moe.last_dispatch()["kernels"] == ["pad_groups"]
     metal_moe.gather_experts(torch.randn(8, 3, 4), ids[:, 0])
     assert metal_moe.last_dispatch()["kernels"] == ["gather_experts"]
 

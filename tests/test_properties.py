@@ -8,7 +8,8 @@ from cases import ACTIVATIONS, DTYPES, FAMILIES, assert_close, make_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sizes = st.one_of(st.integers(4, 40), st.sampled_from([63, 64, 65, 96, 127, 128, 129, 160]))
+# Not so small that the terms of a whole row may cancel: relative errors would mean nothing.
+sizes = st.one_of(st.integers(16, 40), st.sampled_from([63, 64, 65, 96, 127, 128, 129, 160]))
 token_counts = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 100]))
 
 
