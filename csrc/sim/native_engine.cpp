@@ -8,9 +8,10 @@ namespace metal_sim {
 namespace {
 
 void run_threadgroups(const void* context, uint32_t first, uint32_t last) {
-  // Memory of the threadgroup that this thread runs. Cache-line aligned, as is every argument in it.
+  // Memory of the threadgroup that this thread runs, on its stack: a library loaded late has little room for thread-local
+  // data. Cache-line aligned, as is every argument in it.
   constexpr uint32_t alignment = 64;
-  alignas(alignment) thread_local std::byte memory[MAX_THREADGROUP_MEMORY + MAX_THREADGROUP_ARGUMENTS * alignment];
+  alignas(alignment) std::byte memory[MAX_THREADGROUP_MEMORY + MAX_THREADGROUP_ARGUMENTS * alignment];
 
   const Dispatch& dispatch = *static_cast<const Dispatch*>(context);
   const Kernel& kernel = *dispatch.kernel;
