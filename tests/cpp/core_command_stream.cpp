@@ -277,6 +277,7 @@ TEST_F(FailingStream, ErrorsStayWithTheirStream) {
 
 TEST_F(FailingStream, ALeasedStreamIsCleanForTheNextCall) {
   EXPECT_THROW(run_operation(exact, "test", [&](CommandStream& stream) { encode(stream, 1028); }), ExecutionError);
+  std::fill(to.begin(), to.end(), -1);
   EXPECT_THROW(run_operation(exact, "test",
                              [&](CommandStream& stream) {
                                encode(stream, 1024);

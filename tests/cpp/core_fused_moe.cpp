@@ -106,10 +106,11 @@ struct Layer {
     return out;
   }
 
-  std::vector<float> run_moe(MoeEngine& on) const {
+  std::vector<float> run_moe(MoeEngine& on, std::optional<std::string_view> family = {}) const {
     Context& context = on.context();
     std::vector<float> out(x.size(), NAN);
-    const ExpertsLayer layer = views(context);
+    ExpertsLayer layer = views(context);
+    layer.family = family;
     const TensorView x_view = tensor(context, x, {T, H}), out_view = tensor(context, out, {T, H});
     const TensorView logits_view = tensor(context, logits, {T, E});
     run_operation(on, "fused_moe", [&](CommandStream& stream) {
@@ -152,7 +153,7 @@ TEST_P(FusedMoe, DecodeIsThreeDispatchesOfOneCommandBuffer) {
 
 TEST_P(FusedMoe, PrefillIsFiveDispatchesOfOneCommandBuffer) {
   const Layer layer(40, 33, 17, 4, 3, 0);
-  EXPECT_LE(layer.error(layer.run_moe(on)), 1e-5);
+  EXPECT_LE(layer.error(layer.run_moe(on, "moe_large_batch")), 1e-5);
   EXPECT_EQ(kernels_run(), (std::vector<std::string>{"route", "group", "gate_up_large_batch_fp32acc_m32_fp32",
                                                      "down_large_batch_fp32acc_m32_fp32", "combine_fp32"}));
   EXPECT_EQ(last_dispatch().commits, 1u);
