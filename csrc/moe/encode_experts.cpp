@@ -131,7 +131,7 @@ void Encoding::grouped() {
   tables.inverse = stream.scratch(size_t(plan.rows) * sizeof(uint32_t));
   tables.tiles = stream.scratch(size_t(plan.tiles) * sizeof(RowTile));
   tables.max_tiles = plan.tiles;
-  encode_group(stream, engine, ids, shape.tokens, shape.top_k, shape.experts, shape.shared, plan.variant->row_tile,
+  encode_group(stream, engine, ids, shape.tokens, shape.top_k, shape.experts, shape.shared, plan.row_tile,
                tables);
 
   const uint32_t wanted_simdgroups = plan.family == Family::Prefill4 ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS;
@@ -261,7 +261,7 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& 
 
   DispatchTrace& trace = last_dispatch();
   trace.family = family_name(family, plan.fp32_accumulation);
-  trace.row_tile = plan.variant->row_tile;
+  trace.row_tile = plan.row_tile;
   trace.tile_n = plan.variant->tile_n;
   trace.vectorized = aligned.gate_up && aligned.down;
 

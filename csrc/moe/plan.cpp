@@ -34,13 +34,14 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
 
   const uint32_t variant = select_variant(tuning, family, uint64_t(shape.tokens) * shape.top_k, shape.experts);
   plan.variant = &VARIANTS[variant];
+  plan.row_tile = family == Family::Prefill4 ? tuning.prefill4_row_tile : plan.variant->row_tile;
   plan.gate_up = expert_kernel(variant, shape.gated ? Stage::GateUp : Stage::Up, shape.dtype, plan.fp32_accumulation);
   plan.down = expert_kernel(variant, Stage::Down, shape.dtype, plan.fp32_accumulation);
   plan.combine = combine_kernel(shape.dtype);
 
   plan.slots = shape.top_k + shape.shared;
   plan.rows = size_argument("tokens * (top_k + shared experts)", static_cast<int64_t>(rows));
-  plan.tiles = plan.grouped ? max_row_tiles(plan.rows, plan.variant->row_tile, shape.experts + shape.shared) : 0;
+  plan.tiles = plan.grouped ? max_row_tiles(plan.rows, plan.row_tile, shape.experts + shape.shared) : 0;
 
   const uint32_t widest = std::max(shape.intermediate, shape.shared_intermediate);
   const uint32_t tile_n = plan.variant->tile_n;
@@ -51,8 +52,8 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
   if (plan.variant->k_bytes) {
     const uint32_t weight_rows = plan.variant->stages_weights ? tile_n : 0;
     plan.gate_up_memory =
-        gemm_threadgroup_bytes(plan.variant->row_tile, weight_rows * (shape.gated ? 2 : 1), plan.variant->k_bytes);
-    plan.down_memory = gemm_threadgroup_bytes(plan.variant->row_tile, weight_rows, plan.variant->k_bytes);
+        gemm_threadgroup_bytes(plan.row_tile, weight_rows * (shape.gated ? 2 : 1), plan.variant->k_bytes);
+    plan.down_memory = gemm_threadgroup_bytes(plan.row_tile, weight_rows, plan.variant->k_bytes);
   }
 
   const size_t item = shape.dtype == Dtype::Fp32 ? 4 : 2;

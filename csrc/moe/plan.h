@@ -23,6 +23,7 @@ struct ExpertsPlan {
   LayerShape shape;
   Family family;
   const Variant* variant;
+  uint32_t row_tile;
   bool fp32_accumulation;
   bool grouped; // rows in expert order: group and combine run too
 

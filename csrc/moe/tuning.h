@@ -1,6 +1,8 @@
 // Where one family takes over from another, per device.
 #pragma once
 
+#include "moe/experts.h"
+
 #include <cstdint>
 #include <string>
 
@@ -12,6 +14,8 @@ struct Tuning {
   uint32_t decode_tokens = 1;
   uint32_t prefill4_tokens = 16;
   uint32_t base_tokens = 32;
+  /// Rows of a prefill4 tile.
+  uint32_t prefill4_row_tile = PREFILL4_ROW_TILE;
   /// large_batch and simd take the smallest row tile of at least this many times the mean rows per expert: below 1
   /// weights are read more than once, above it rows are multiplied that do not exist.
   float row_tile_per_mean_rows = 1.0f;
