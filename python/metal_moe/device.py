@@ -64,7 +64,7 @@ def kernels(device: str | torch.device = "cpu") -> list[dict]:
 
     Returns:
         One dict per kernel: name, family, stage ("gate_up", "down", "route", ...), format ("dense"), dtype,
-        accumulation ("fp32", "fp16"), row_tile and tile_n; what a kernel does not have is None or 0.
+        accumulation ("fp32", "fp16"), row_tile and tile_n; what a kernel does not have is "" or 0.
 
     Raises:
         ValueError: an unsupported device. RuntimeError: the kernel library cannot be loaded.
@@ -73,7 +73,11 @@ def kernels(device: str | torch.device = "cpu") -> list[dict]:
 
 
 def device_info(device: str | torch.device = "cpu") -> dict:
-    """The engine that serves `device`: its name, kernel library, simdgroup width, threads and limits.
+    """The engine that serves `device`.
+
+    Returns:
+        device, engine, name (with the processor level its kernels are compiled for), simd_width, library (path),
+        kernels (how many) and num_threads.
 
     Raises:
         ValueError: an unsupported device. RuntimeError: the kernel library cannot be loaded.
@@ -83,19 +87,29 @@ def device_info(device: str | torch.device = "cpu") -> dict:
 
 
 def last_dispatch() -> dict:
-    """What the last call of this thread ran: family, kernels (names in order), dispatches, commits, row_tile, tile_n,
-    vectorized, engine. Empty before the first call."""
+    """What the last call of this thread ran.
+
+    Returns:
+        operation ("fused_moe", ...), engine, family (of the expert kernels, as `select_moe_kernel` names it; "" where
+        none ran), kernels (names in order), dispatches, commits (of command buffers), row_tile (rows of one expert per
+        threadgroup), tile_n (columns per threadgroup) and vectorized (whether rows were aligned for vector loads).
+    """
     return _core.last_dispatch()
 
 
 def pool_stats(device: str | torch.device = "cpu") -> dict:
-    """Scratch memory that is kept between calls: bytes held and in use, the high-water mark, hits and misses."""
+    """Scratch memory that is kept between calls.
+
+    Returns:
+        hits and misses (requests served from kept buffers, or by new ones), bytes and buffers in use and idle,
+        high_water (most bytes in use at once) and trimmed (buffers given back so far).
+    """
     return _core.pool_stats(_engine("pool_stats", device))
 
 
-def pool_trim(device: str | torch.device = "cpu") -> None:
-    """Gives scratch memory that is not in use back to the system."""
-    _core.pool_trim(_engine("pool_trim", device))
+def pool_trim(device: str | torch.device = "cpu") -> int:
+    """Gives scratch memory that is not in use back to the system; returns how many bytes."""
+    return _core.pool_trim(_engine("pool_trim", device))
 
 
 def set_num_threads(threads: int) -> None:
