@@ -7,15 +7,17 @@
 //
 // Layouts: see combine.h. A threadgroup takes one token and a block of columns; a thread takes COMBINE_COLUMNS columns
 // that stand one threadgroup apart, so that neighbouring lanes read neighbouring columns. A one-thread threadgroup
-// takes the row in pieces small enough to stay in vector registers.
+// takes the row in pieces of COLUMNS. Up to SLOTS_AT_A_TIME rows are read together: that many loads are under way for
+// every sum, which is read and written once for all of them.
 //
 // Bytes per token: 4 * slots * H read, sizeof(T) * H written.
 #include "combine.h"
 #include "group.h"
 
 constexpr constant uint THREADS = simdgroups(COMBINE_SIMDGROUPS, SIMD_WIDTH) * SIMD_WIDTH;
-/// Columns of a thread at a time. 64 fp32 sums are 4 of AVX-512's registers or 16 of NEON's, which has 32.
-constexpr constant uint COLUMNS = SIMD_WIDTH == 1 ? 64 : COMBINE_COLUMNS;
+/// Columns of a thread at a time. One thread's 512 sums are 2 KiB, which stay in the L1 cache while rows stream by.
+constexpr constant uint COLUMNS = SIMD_WIDTH == 1 ? 512 : COMBINE_COLUMNS;
+constexpr constant uint SLOTS_AT_A_TIME = 4;
 
 inline float slot_weight(device const uchar* topk_weights, device const uchar* shared_weights,
                          constant CombineArgs& args, uint token, uint slot) {
@@ -27,6 +29,16 @@ inline float slot_weight(device const uchar* topk_weights, device const uchar* s
   return load_scalar(shared_weights,
                      ulong(token) * args.shared_token_stride + ulong(slot - args.top_k) * args.shared_slot_stride,
                      args.shared_type);
+}
+
+/// sum[c] += weight * column c * THREADS of N rows, in order, for c < count. `columns`: how many columns the rows have
+/// from their pointers on.
+template <uint N>
+inline void add_rows(thread float (&sum)[COLUMNS], device const float* const thread (&row)[N],
+                     thread const float (&weight)[N], uint count, uint columns) {
+  for (uint c = 0; c < count; ++c)
+    if (SIMD_WIDTH == 1 || c * THREADS < columns)
+      UNROLL for (uint i = 0; i < N; ++i) sum[c] += weight[i] * row[i][c * THREADS];
 }
 
 template <typename T>
@@ -41,36 +53,38 @@ void combine(device const float* rows [[buffer(0)]], device const uint* inverse 
   device const uint* places = inverse + ulong(token) * slots;
   device T* out_row = out + ulong(token) * args.out_row_stride;
 
-  for (uint block = threadgroup_position.x * THREADS * COLUMNS; block < args.hidden;
-       block += threadgroups.x * THREADS * COLUMNS) {
-    const uint first = block + thread_index;
-    const bool whole = args.hidden - block >= THREADS * COLUMNS;
+  for (uint first = threadgroup_position.x * THREADS * COLUMNS + thread_index; first < args.hidden;
+       first += threadgroups.x * THREADS * COLUMNS) {
+    const uint columns = args.hidden - first;
+    // A constant on a GPU, so that the sums are registers; a loop bound where they are vectors of one thread.
+    const uint count = SIMD_WIDTH == 1 ? min(COLUMNS, columns) : COLUMNS;
     float sum[COLUMNS];
-    for (uint c = 0; c < COLUMNS; ++c)
+    for (uint c = 0; c < count; ++c)
       sum[c] = 0.0f;
-    for (uint slot = 0; slot < slots; ++slot) {
-      const uint place = places[slot];
-      if (place == GROUP_NONE)
-        continue;
-      const float weight = slot_weight(topk_weights, shared_weights, args, token, slot);
-      device const float* row = rows + ulong(place) * args.hidden + first;
-      if (whole) {
-        for (uint c = 0; c < COLUMNS; ++c)
-          sum[c] += weight * row[c * THREADS];
+    for (uint slot = 0; slot < slots; slot += SLOTS_AT_A_TIME) {
+      device const float* row[SLOTS_AT_A_TIME];
+      float weight[SLOTS_AT_A_TIME];
+      bool all = true;
+      UNROLL for (uint i = 0; i < SLOTS_AT_A_TIME; ++i) {
+        const uint place = slot + i < slots ? places[slot + i] : GROUP_NONE;
+        all = all && place != GROUP_NONE;
+        row[i] = place != GROUP_NONE ? rows + ulong(place) * args.hidden + first : nullptr;
+        weight[i] = place != GROUP_NONE ? slot_weight(topk_weights, shared_weights, args, token, slot + i) : 0.0f;
+      }
+      if (all) {
+        add_rows<SLOTS_AT_A_TIME>(sum, row, weight, count, columns);
       } else {
-        for (uint c = 0; c < COLUMNS; ++c)
-          if (first + c * THREADS < args.hidden)
-            sum[c] += weight * row[c * THREADS];
+        UNROLL for (uint i = 0; i < SLOTS_AT_A_TIME; ++i) {
+          device const float* const one_row[1] = {row[i]};
+          const float one_weight[1] = {weight[i]};
+          if (row[i])
+            add_rows<1>(sum, one_row, one_weight, count, columns);
+        }
       }
     }
-    if (whole) {
-      for (uint c = 0; c < COLUMNS; ++c)
+    for (uint c = 0; c < count; ++c)
+      if (SIMD_WIDTH == 1 || c * THREADS < columns)
         out_row[first + c * THREADS] = T(sum[c]);
-    } else {
-      for (uint c = 0; c < COLUMNS; ++c)
-        if (first + c * THREADS < args.hidden)
-          out_row[first + c * THREADS] = T(sum[c]);
-    }
   }
 }
 
