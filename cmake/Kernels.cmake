@@ -7,7 +7,7 @@
 #   METAL_MOE_KERNEL_COMPILER  compiler of the kernels
 #   METAL_MOE_CPU_LEVELS       processor levels of the native engine
 #
-# Sets METAL_MOE_METALLIB, the folder; target metal_moe_kernels builds all of it.
+# Sets METAL_MOE_METALLIB, the folder, and METAL_MOE_COMPILED_LEVELS; target metal_moe_kernels builds all of it.
 
 find_program(METAL_MOE_CLANG NAMES clang++-22 clang++-21 clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15
                                    clang++-14 clang++)
@@ -15,6 +15,7 @@ mark_as_advanced(METAL_MOE_CLANG)
 
 set(_translator "${PROJECT_SOURCE_DIR}/csrc/sim/translate.py")
 set(_msl "${PROJECT_SOURCE_DIR}/csrc/sim/msl")
+set(_reader "${PROJECT_SOURCE_DIR}/csrc/sim/msl_reader.py")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${_translator}")
 
 # Whether `compiler` makes objects of kernels: _Float16 came to clang for x86-64 in version 15, to g++ in 12.
@@ -51,6 +52,15 @@ endif()
 list(GET _levels 0 METAL_MOE_BASELINE_LEVEL)
 set(METAL_MOE_CPU_LEVELS "${_levels}" CACHE STRING "Processor levels that the native engine's kernels are compiled for")
 
+# The compiler's flags for an engine and level, as the translator has them.
+function(_metal_sim_flags result engine level)
+  execute_process(COMMAND "${Python_EXECUTABLE}" "${_translator}" --engine ${engine} --level ${level} --compiler
+                          "${METAL_MOE_KERNEL_COMPILER}" --print-flags OUTPUT_VARIABLE flags COMMAND_ERROR_IS_FATAL ANY
+                  OUTPUT_STRIP_TRAILING_WHITESPACE)
+  separate_arguments(flags UNIX_COMMAND "${flags}")
+  set(${result} "${flags}" PARENT_SCOPE)
+endfunction()
+
 # metal_sim_kernel_library(target NAME <native-LEVEL|exact> SOURCES <.metal>... [LEVEL <level>] [INCLUDES <folder>...]
 #                          [DIRECTORY <folder>])
 #
@@ -82,13 +92,7 @@ function(metal_sim_kernel_library target)
 
   set(translate "${Python_EXECUTABLE}" "${_translator}" --engine ${engine} --level ${level} --compiler
                 "${METAL_MOE_KERNEL_COMPILER}")
-  execute_process(COMMAND ${translate} --print-flags OUTPUT_VARIABLE flags RESULT_VARIABLE status
-                  OUTPUT_STRIP_TRAILING_WHITESPACE)
-  if(status)
-    message(FATAL_ERROR "metal_sim_kernel_library(${target}): no flags for level '${level}'")
-  endif()
-  separate_arguments(flags UNIX_COMMAND "${flags}")
-
+  _metal_sim_flags(flags ${engine} ${level})
   set(includes "")
   foreach(folder IN LISTS arg_INCLUDES)
     list(APPEND includes -I "${folder}")
@@ -101,7 +105,7 @@ function(metal_sim_kernel_library target)
     add_custom_command(
       OUTPUT "${base}.cpp"
       COMMAND ${translate} ${includes} --depfile "${base}.cpp.d" "${source}" -o "${base}.cpp"
-      DEPENDS "${source}" "${_translator}"
+      DEPENDS "${source}" "${_translator}" "${_reader}"
       DEPFILE "${base}.cpp.d"
       COMMENT "Translating ${name}.metal for ${arg_NAME}"
       VERBATIM)
@@ -140,25 +144,31 @@ endfunction()
 set(METAL_MOE_METALLIB "${PROJECT_BINARY_DIR}/metal_moe.metallib")
 add_custom_target(metal_moe_kernels ALL)
 file(GLOB _sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/kernels/*/*.metal")
-set(_libraries exact)
+
+# Levels that this compiler knows.
+set(METAL_MOE_COMPILED_LEVELS "")
 foreach(_level IN LISTS METAL_MOE_CPU_LEVELS)
-  list(PREPEND _libraries "native-${_level}")
+  _metal_sim_flags(_flags native "${_level}")
+  _metal_moe_compiles(_works "${METAL_MOE_KERNEL_COMPILER}" ${_flags})
+  if(_works)
+    list(APPEND METAL_MOE_COMPILED_LEVELS "${_level}")
+  else()
+    message(STATUS "Kernels: ${METAL_MOE_KERNEL_COMPILER} does not compile for ${_level}; left out")
+  endif()
 endforeach()
-foreach(_library IN LISTS _libraries)
-  string(REGEX REPLACE "^native-" "" _level "${_library}")
-  if(NOT _library STREQUAL "exact")
-    execute_process(COMMAND "${Python_EXECUTABLE}" "${_translator}" --engine native --level "${_level}" --compiler
-                            "${METAL_MOE_KERNEL_COMPILER}" --print-flags OUTPUT_VARIABLE _flags RESULT_VARIABLE _status)
-    separate_arguments(_flags UNIX_COMMAND "${_flags}")
-    _metal_moe_compiles(_works "${METAL_MOE_KERNEL_COMPILER}" ${_flags})
-    if(_status OR NOT _works)
-      message(STATUS "Kernels: ${METAL_MOE_KERNEL_COMPILER} does not know level ${_level}; left out")
-      continue()
-    endif()
+if(NOT METAL_MOE_COMPILED_LEVELS)
+  message(FATAL_ERROR "${METAL_MOE_KERNEL_COMPILER} compiles kernels for none of: ${METAL_MOE_CPU_LEVELS}. "
+                      "g++ 12 or clang 15 can; METAL_MOE_KERNEL_COMPILER chooses another.")
+endif()
+message(STATUS "Kernels: ${METAL_MOE_KERNEL_COMPILER}, levels ${METAL_MOE_COMPILED_LEVELS}")
+
+foreach(_level IN LISTS METAL_MOE_COMPILED_LEVELS ITEMS exact)
+  set(_library "${_level}")
+  if(NOT _level STREQUAL "exact")
+    set(_library "native-${_level}")
   endif()
   string(MAKE_C_IDENTIFIER "metal_moe_kernels_${_library}" _target)
   metal_sim_kernel_library(${_target} NAME "${_library}" SOURCES ${_sources} INCLUDES "${PROJECT_SOURCE_DIR}/kernels" DIRECTORY
                            "${METAL_MOE_METALLIB}")
   add_dependencies(metal_moe_kernels ${_target})
 endforeach()
-message(STATUS "Kernels: ${METAL_MOE_KERNEL_COMPILER}; ${METAL_MOE_CPU_LEVELS}; exact")

@@ -1,5 +1,5 @@
-// What kernels of the exact engine ask of it. Defined in exact_support.cpp, which is compiled without memory checks: the
-// other lanes' values stand in the engine's memory.
+// What kernels of the exact engine ask of it. Defined in exact_support.cpp, which is compiled without memory checks:
+// the other lanes' values stand in the engine's memory.
 #pragma once
 
 #include "scalar.h"

@@ -11,7 +11,7 @@ namespace metal {
 // Elementwise versions of a function for vectors.
 #define METAL_SIM_ELEMENTWISE_1(NAME)                                                                                  \
   template <typename T, int N>                                                                                         \
-  METAL_FUNC auto NAME(const vec<T, N>& a)->vec<decltype(NAME(T())), N> {                                              \
+  METAL_FUNC auto NAME(const vec<T, N>& a) -> vec<decltype(NAME(T())), N> {                                            \
     vec<decltype(NAME(T())), N> result;                                                                                \
     for (int i = 0; i < N; ++i)                                                                                        \
       result[i] = NAME(a[i]);                                                                                          \
@@ -66,7 +66,7 @@ METAL_SIM_MATH_1(atanh, __builtin_atanhf(x))
 METAL_SIM_MATH_1(ceil, __builtin_ceilf(x))
 METAL_SIM_MATH_1(cos, __builtin_cosf(x))
 METAL_SIM_MATH_1(cosh, __builtin_coshf(x))
-METAL_SIM_MATH_1(cospi, __builtin_cosf(x * M_PI_F))
+METAL_SIM_MATH_1(cospi, __builtin_cosf(x* M_PI_F))
 METAL_SIM_MATH_1(exp, __builtin_expf(x))
 METAL_SIM_MATH_1(exp2, __builtin_exp2f(x))
 METAL_SIM_MATH_1(exp10, __builtin_powf(10.0f, x))
@@ -83,7 +83,7 @@ METAL_SIM_MATH_1(saturate, x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f)
 METAL_SIM_MATH_1(sign, x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x == 0.0f ? x : 0.0f)
 METAL_SIM_MATH_1(sin, __builtin_sinf(x))
 METAL_SIM_MATH_1(sinh, __builtin_sinhf(x))
-METAL_SIM_MATH_1(sinpi, __builtin_sinf(x * M_PI_F))
+METAL_SIM_MATH_1(sinpi, __builtin_sinf(x* M_PI_F))
 METAL_SIM_MATH_1(sqrt, __builtin_sqrtf(x))
 METAL_SIM_MATH_1(tan, __builtin_tanf(x))
 METAL_SIM_MATH_1(tanh, __builtin_tanhf(x))

@@ -122,8 +122,8 @@ template <typename T, typename... Others>
 inline constexpr bool is_one_of_v = (is_same_v<T, Others> || ...);
 
 template <typename T>
-inline constexpr bool is_integral_v =
-    is_one_of_v<remove_cv_t<T>, bool, char, signed char, uchar, short, ushort, int, uint, long, ulong, long long, unsigned long long>;
+inline constexpr bool is_integral_v = is_one_of_v<remove_cv_t<T>, bool, char, signed char, uchar, short, ushort, int,
+                                                  uint, long, ulong, long long, unsigned long long>;
 template <typename T>
 struct is_integral {
   static constexpr bool value = is_integral_v<T>;
@@ -168,7 +168,7 @@ using Result = metal::conditional_t<metal::is_same_v<T, double>, float, T>;
     return metal_sim::WithBfloat<T>(float(a) OP float(b));                                                             \
   }                                                                                                                    \
   template <metal_sim::Scalar T>                                                                                       \
-  METAL_FUNC constexpr bfloat& operator OP##=(bfloat& a, T b) {                                                        \
+  METAL_FUNC constexpr bfloat& operator OP## = (bfloat & a, T b) {                                                     \
     return a = bfloat(float(a) OP float(b));                                                                           \
   }
 METAL_SIM_BFLOAT_OPERATOR(+)

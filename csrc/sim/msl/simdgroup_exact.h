@@ -27,7 +27,8 @@ struct Lanes {
   METAL_FUNC bool has(uint32_t lane) const { return (active >> lane & 1) != 0; }
 };
 
-/// The value of another lane. A lane that took no part has none: a thread that reads it gets bytes of 0xFF, which is NaN.
+/// The value of another lane. A lane that took no part has none: a thread that reads it gets bytes of 0xFF, which is
+/// NaN.
 template <typename T>
 METAL_SIM_UNCHECKED inline T read_lane(const char* operation, T own, uint32_t lane) {
   T result;
@@ -60,10 +61,10 @@ namespace metal {
     return metal_sim::reduce(lanes, SIMD_WIDTH, value, [](T a, T b) METAL_SIM_UNCHECKED { return T(EXPRESSION); });    \
   }
 METAL_SIM_REDUCTION(simd_sum, a + b)
-METAL_SIM_REDUCTION(simd_product, a * b)
+METAL_SIM_REDUCTION(simd_product, a* b)
 METAL_SIM_REDUCTION(simd_min, min(a, b))
 METAL_SIM_REDUCTION(simd_max, max(a, b))
-METAL_SIM_REDUCTION(simd_and, a & b)
+METAL_SIM_REDUCTION(simd_and, a& b)
 METAL_SIM_REDUCTION(simd_or, a | b)
 METAL_SIM_REDUCTION(simd_xor, a ^ b)
 #undef METAL_SIM_REDUCTION
@@ -82,7 +83,7 @@ METAL_SIM_REDUCTION(simd_xor, a ^ b)
                              [](T a, T b) METAL_SIM_UNCHECKED { return T(EXPRESSION); });                              \
   }
 METAL_SIM_SCAN(sum, 0, a + b)
-METAL_SIM_SCAN(product, 1, a * b)
+METAL_SIM_SCAN(product, 1, a* b)
 #undef METAL_SIM_SCAN
 
 template <typename T>

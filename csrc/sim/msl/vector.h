@@ -142,11 +142,11 @@ namespace metal {
 #define METAL_SIM_VECTOR_ARITHMETIC(OP)                                                                                \
   METAL_SIM_VECTOR_BINARY(OP, T)                                                                                       \
   template <typename T, int N>                                                                                         \
-  METAL_FUNC vec<T, N>& operator OP##=(vec<T, N>& a, const vec<T, N>& b) {                                             \
+  METAL_FUNC vec<T, N>& operator OP## = (vec<T, N> & a, const vec<T, N>& b) {                                          \
     return a = a OP b;                                                                                                 \
   }                                                                                                                    \
   template <typename T, int N, metal_sim::Scalar U>                                                                    \
-  METAL_FUNC vec<T, N>& operator OP##=(vec<T, N>& a, U b) {                                                            \
+  METAL_FUNC vec<T, N>& operator OP## = (vec<T, N> & a, U b) {                                                         \
     return a = a OP vec<T, N>(b);                                                                                      \
   }
 METAL_SIM_VECTOR_ARITHMETIC(+)
