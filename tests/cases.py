@@ -27,11 +27,11 @@ TOKEN_EDGES = [0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129]
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu2", "swiglu_clamp"]
 
 
-def default_family(tokens: int) -> str:
-    """The seed documents' table, which is the default on every device."""
+def default_family(tokens: int, engine: str) -> str:
+    """The published table; the native engine's own has nothing after prefill4."""
     if tokens <= 1:
         return "moe_decode"
-    if tokens <= 16:
+    if tokens <= 16 or engine == "native":
         return "moe_prefill4"
     return "moe_base" if tokens <= 32 else "moe_large_batch"
 
@@ -55,6 +55,14 @@ class Layer:
     def reference(self) -> np.ndarray:
         options = {k: v for k, v in self.options.items() if k not in ("use_fp32_acc", "kernel")}
         return reference.experts(self.hidden_states, self.w1, self.w2, self.topk_weights, self.topk_ids, **options)
+
+    def tolerance(self) -> float:
+        """Sums in float16 round at every term: their error grows with the square root of the number of terms."""
+        tolerance = TOLERANCE[self.hidden_states.dtype]
+        if self.options.get("use_fp32_acc", True):
+            return tolerance
+        longest = max(self.hidden_states.shape[1], self.w2.shape[2])
+        return tolerance * max(1.0, math.sqrt(longest / 64))
 
     def __str__(self) -> str:
         (tokens, hidden), experts = self.hidden_states.shape, self.w1.shape[0]
@@ -187,5 +195,5 @@ def check(layer: Layer, **overrides: Any) -> torch.Tensor:
     """Runs the layer and compares it with the reference."""
     out = layer.run(**overrides)
     assert out.dtype == layer.hidden_states.dtype
-    assert_close(out, layer.reference(), f"{layer} {overrides}")
+    assert_close(out, layer.reference(), f"{layer} {overrides}", layer.tolerance())
     return out

@@ -14,13 +14,14 @@ def layer_of(tokens, dtype, **options):
     return make_layer(tokens, 136, 120, 12, 3, DTYPES[dtype], shared=1, routing="dropped", **options)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_run_to_run(tokens, dtype):
+def test_run_to_run(tokens, dtype, family):
     layer = layer_of(tokens, dtype)
-    first = layer.run()
-    for _ in range(20):
-        assert torch.equal(layer.run(), first)
+    first = layer.run(kernel=family)
+    for _ in range(10):
+        assert torch.equal(layer.run(kernel=family), first)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,11 +43,12 @@ def test_thread_count_can_be_read_back(num_threads):
 
 def test_whatever_ran_before():
     """Scratch memory of other shapes and families leaves no trace."""
-    layers = [layer_of(tokens, dtype, seed=tokens) for tokens in TOKENS for dtype in DTYPES]
-    first = [layer.run() for layer in layers]
-    for order in (reversed(range(len(layers))), range(0, len(layers), 2), range(len(layers))):
+    cases = [(layer_of(t, dtype, seed=t), family) for t in TOKENS for dtype in DTYPES for family in FAMILIES]
+    first = [layer.run(kernel=family) for layer, family in cases]
+    for order in (reversed(range(len(cases))), range(0, len(cases), 2), range(len(cases))):
         for i in order:
-            assert torch.equal(layers[i].run(), first[i])
+            layer, family = cases[i]
+            assert torch.equal(layer.run(kernel=family), first[i])
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -77,12 +79,33 @@ def test_from_several_threads_at_once(tokens):
     assert not failures
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_a_token_does_not_depend_on_the_order_of_the_others(tokens):
+def test_a_token_does_not_depend_on_the_order_of_the_others(tokens, family):
     """Permuting the tokens permutes the rows of the output, bit for bit."""
     layer = layer_of(tokens, "fp32")
-    expected = layer.run()
+    expected = layer.run(kernel=family)
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(2))
     layer.hidden_states = layer.hidden_states[order].contiguous()
     layer.topk_weights, layer.topk_ids = layer.topk_weights[order], layer.topk_ids[order]
-    assert torch.equal(layer.run(), expected[order])
+    assert torch.equal(layer.run(kernel=family), expected[order])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_does_not_depend_on_the_batch(family, dtype):
+    """Within a family a token alone has the bits that it has among others."""
+    layer = layer_of(33, dtype)
+    expected = layer.run(kernel=family)
+    for token in (0, 7, 32):
+        rows = slice(token, token + 1)
+        alone = metal_moe.fused_experts(
+            layer.hidden_states[rows],
+            layer.w1,
+            layer.w2,
+            layer.topk_weights[rows],
+            layer.topk_ids[rows],
+            kernel=family,
+            **layer.options,
+        )
+        assert torch.equal(alone, expected[rows])

@@ -87,15 +87,19 @@ def test_engines_have_the_same_kernels(use_engine):
     assert tables[0] == tables[1]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("tokens", [t for t in TOKEN_EDGES if t] + [4, 5, 128, 300])
 @pytest.mark.parametrize(("dtype", "acc"), PRECISIONS)
-def test_family_and_count_by_tokens(tokens, dtype, acc):
-    layer = make_layer(tokens, 64, 48, 8, 2, DTYPES[dtype], use_fp32_acc=acc)
+def test_family_and_count_by_tokens(use_engine, engine, tokens, dtype, acc):
+    """The published table, except on `native`, whose measured one is prefill4 from two tokens on."""
+    use_engine(engine)
+    hidden, intermediate = (64, 48) if engine == "native" else (8, 8)
+    layer = make_layer(tokens, hidden, intermediate, 8, 2, DTYPES[dtype], use_fp32_acc=acc)
     layer.run()
     ran = metal_moe.last_dispatch()
-    name, tile_n = metal_moe.select_moe_kernel(tokens, acc)
-    assert name.removesuffix("_fp32acc") == default_family(tokens)
-    assert (ran["family"], ran["tile_n"], ran["engine"]) == (name, tile_n, "native")
+    name, tile_n = metal_moe.select_moe_kernel(tokens if engine == "exact" else min(tokens, 2), acc)
+    assert name.removesuffix("_fp32acc") == default_family(tokens, engine)
+    assert (ran["family"], ran["tile_n"], ran["engine"]) == (name, tile_n, engine)
     assert ran["commits"] == 1
     assert ran["dispatches"] == len(ran["kernels"]) == (2 if tokens == 1 else 4)
     check_stages(ran["kernels"], ran, dtype, acc)
@@ -110,7 +114,10 @@ def check_stages(kernels, ran, dtype, acc):
         assert kernel["family"] + ("_fp32acc" if acc else "") == ran["family"]
         assert (kernel["dtype"], kernel["accumulation"]) == (dtype, "fp32" if acc else "fp16")
         assert kernel["tile_n"] == ran["tile_n"]
-        assert kernel["row_tile"] == ran["row_tile"]
+        if kernel["family"] == "moe_prefill4":  # the kernel's rows in registers; a tile may have more
+            assert ran["row_tile"] == (64 if ran["engine"] == "native" else kernel["row_tile"])
+        else:
+            assert kernel["row_tile"] == ran["row_tile"]
     if len(kernels) > 2:
         assert kernels[0] == "group" and kernels[-1] == f"combine_{dtype}"
 
@@ -194,10 +201,11 @@ def test_simd_refuses_rows_that_are_not_aligned():
         layer.run(kernel="moe_simd")
 
 
-def test_row_tile_follows_rows_per_expert():
+@pytest.mark.parametrize("family", ["moe_large_batch", "moe_simd"])
+def test_row_tile_follows_rows_per_expert(family):
     """Many rows of one expert take a tile at least as high as few rows do."""
     tiles = []
     for experts in (64, 16, 4, 1):
-        make_layer(64, 16, 16, experts, 1, torch.bfloat16).run()
+        make_layer(64, 16, 16, experts, 1, torch.bfloat16).run(kernel=family)
         tiles.append(metal_moe.last_dispatch()["row_tile"])
     assert tiles == sorted(tiles) and tiles[-1] > tiles[0]

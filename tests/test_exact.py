@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cases import ACTIVATIONS, DTYPES, FAMILIES, PRECISIONS, assert_close, check, default_family, make_layer
+from cases import (
+    ACTIVATIONS,
+    DTYPES,
+    FAMILIES,
+    PRECISIONS,
+    TOKEN_EDGES,
+    assert_close,
+    check,
+    default_family,
+    make_layer,
+)
 
 SEEDS = [0, 1, 2, 0xDEADBEEF]
 
@@ -37,7 +47,7 @@ def under_every_seed(seed_schedule, run):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "acc"), PRECISIONS)
 def test_families(exact_engine, family, dtype, acc):
-    for hidden, intermediate, routing in [(40, 24, "random"), (72, 40, "dropped")]:
+    for hidden, intermediate, routing in [(40, 24, "random"), (72, 40, "dropped"), (136, 72, "few"), (8, 136, "one")]:
         layer = make_layer(5, hidden, intermediate, 4, 2, DTYPES[dtype], routing=routing, use_fp32_acc=acc, shared=1)
         out = under_every_seed(exact_engine, lambda: layer.run(kernel=family))  # noqa: B023
         ran = metal_moe.last_dispatch()
@@ -48,7 +58,7 @@ def test_families(exact_engine, family, dtype, acc):
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "moe_simd"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_odd_shapes(exact_engine, family, dtype):
-    for hidden, intermediate, tokens in [(33, 17, 3), (1, 1, 2), (67, 5, 9), (5, 67, 1)]:
+    for hidden, intermediate, tokens in [(33, 17, 3), (1, 1, 2), (67, 5, 9), (5, 67, 1), (129, 65, 6), (65, 130, 19)]:
         layer = make_layer(tokens, hidden, intermediate, 3, 2, DTYPES[dtype], bias=True)
         out = under_every_seed(exact_engine, lambda: layer.run(kernel=family))  # noqa: B023
         assert_close(out, layer.reference(), f"{layer} {family}")
@@ -63,29 +73,30 @@ def test_activations(exact_engine, activation, tokens):
         assert_close(out, layer.reference(), layer)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65])
+@pytest.mark.parametrize("tokens", TOKEN_EDGES)
 def test_token_edges(exact_engine, tokens):
     """The default family at every edge, most rows in one expert."""
     for routing in ("random", "one"):
         layer = make_layer(tokens, 16, 8, 2, 1, torch.float16, routing=routing)
         check(layer)
         if tokens:
-            assert metal_moe.last_dispatch()["family"].removesuffix("_fp32acc") == default_family(tokens)
+            assert metal_moe.last_dispatch()["family"].removesuffix("_fp32acc") == default_family(tokens, "exact")
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 19, 35])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_exact_against_native(use_engine, tokens, dtype):
-    """Two engines, one arithmetic: apart by rounding at most."""
-    layer = make_layer(tokens, 48, 40, 5, 2, DTYPES[dtype], shared=1, routing="dropped")
-    native = layer.run()
-    assert metal_moe.last_dispatch()["engine"] == "native"
-    kernels = metal_moe.last_dispatch()["kernels"]
-    use_engine("exact")
-    exact = layer.run()
-    assert metal_moe.last_dispatch()["engine"] == "exact"
-    assert metal_moe.last_dispatch()["kernels"] == kernels
-    assert_close(exact, reference.to_double(native), layer)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "acc"), PRECISIONS)
+def test_exact_against_native(use_engine, family, dtype, acc):
+    """Two engines, the same kernels: apart by rounding at most."""
+    for tokens in (1, 4, 19):
+        layer = make_layer(tokens, 48, 40, 5, 2, DTYPES[dtype], shared=1, routing="dropped", use_fp32_acc=acc)
+        results, kernels = [], []
+        for engine in ("native", "exact"):
+            use_engine(engine)
+            results.append(layer.run(kernel=family))
+            assert metal_moe.last_dispatch()["engine"] == engine
+            kernels.append(metal_moe.last_dispatch()["kernels"])
+        assert kernels[0] == kernels[1]
+        assert_close(results[1], reference.to_double(results[0]), f"{layer} {family}")
 
 
 @pytest.mark.parametrize(
