@@ -94,7 +94,10 @@ WRONG_EXPERTS = [
     ("w2_bias", 0.5, TypeError, "w2_bias is of type float"),
     ("interleaved", 1, TypeError, "interleaved is 1 of type int; it must be True or False"),
     ("alpha", "1", TypeError, "alpha is '1' of type str"),
-    ("alpha", float("nan"), ValueError, "alpha is nan"),
+    ("alpha", float("nan"), ValueError, "alpha is nan; it must be a finite number"),
+    ("alpha", float("inf"), ValueError, "alpha is inf"),
+    ("limit", "7", TypeError, "limit is '7' of type str"),
+    ("limit", float("nan"), ValueError, "limit is nan"),
     ("limit", 0.0, ValueError, "limit is 0.0; it must be above 0"),
     ("shared_w1", None, TypeError, "shared_w1 is None; it must be a torch.Tensor where shared_w2 is given"),
     ("shared_w2", None, TypeError, "shared_w2 is None; it must be a torch.Tensor where shared_w1 is given"),
@@ -157,6 +160,8 @@ WRONG_ROUTING = [
     ("renormalize_epsilon", "0", TypeError, "renormalize_epsilon is '0' of type str"),
     ("routed_scaling_factor", None, TypeError, "routed_scaling_factor is None"),
     ("routed_scaling_factor", float("nan"), ValueError, "routed_scaling_factor is nan"),
+    ("routed_scaling_factor", 1e39, ValueError, "routed_scaling_factor is 1e+39"),
+    ("routed_scaling_factor", 10**400, ValueError, "a finite number, at most 3.403e+38 in size"),
 ]
 
 

@@ -26,6 +26,7 @@ MAX_TOP_K = 16
 MAX_ASSIGNMENTS = 1 << 22
 # Sizes and strides reach the kernels as 32-bit words.
 MAX_SIZE = (1 << 31) - 1
+MAX_FLOAT = torch.finfo(torch.float32).max
 
 # Meta tensors have no engine; operations on them give shapes only.
 SUPPORTED_DEVICES = ("cpu",)
@@ -75,10 +76,11 @@ def check_bool(op: str, name: str, value: object) -> None:
 
 
 def check_number(op: str, name: str, value: object) -> None:
+    """A finite number of float32, which is what kernels compute with."""
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
         wrong_type(op, name, f"{value!r} of type {type(value).__name__}", "a float")
-    if value != value:
-        wrong_value(op, name, value, "a number")
+    if not -MAX_FLOAT <= value <= MAX_FLOAT:
+        wrong_value(op, name, value, f"a finite number, at most {MAX_FLOAT:.4g} in size")
 
 
 def check_choice(op: str, name: str, value: object, table: dict) -> int:
@@ -141,8 +143,8 @@ def check_routing(
         renormalize_epsilon = 1e-20 if scoring_number in (1, 2) else 0.0
     else:
         check_number(op, "renormalize_epsilon", renormalize_epsilon)
-        if not 0.0 <= renormalize_epsilon < math.inf:
-            wrong_value(op, "renormalize_epsilon", renormalize_epsilon, "finite and at least 0")
+        if renormalize_epsilon < 0.0:
+            wrong_value(op, "renormalize_epsilon", renormalize_epsilon, "at least 0")
     check_number(op, "routed_scaling_factor", routed_scaling_factor)
     return (
         scoring_number,
@@ -224,7 +226,8 @@ def check_experts(
     if interleaved and not gated:
         wrong_value(op, "interleaved", True, 'False with activation "relu2", which has no gate to interleave')
     check_number(op, "alpha", alpha)
-    check_number(op, "limit", limit)
+    if limit != math.inf:
+        check_number(op, "limit", limit)
     if limit <= 0.0:
         wrong_value(op, "limit", limit, "above 0 (math.inf: no clamp)")
     check_bool(op, "use_fp32_acc", use_fp32_acc)

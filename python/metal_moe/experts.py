@@ -74,7 +74,7 @@ def fused_experts(
         w2_bias: [E, H], contiguous, dtype of `hidden_states`.
         interleaved: rows of `w1` and `w1_bias` are gate 0, up 0, gate 1, up 1, ... (gpt-oss).
         alpha: of "swiglu_clamp".
-        limit: of "swiglu_clamp", above 0.
+        limit: of "swiglu_clamp", above 0; math.inf: no clamp.
         shared_w1: [N, 2Is, H] ("relu2": [N, Is, H]), contiguous: N shared experts, which every token uses.
         shared_w2: [N, H, Is], contiguous; given together with `shared_w1`.
         shared_weights: [T, N] float32, float16 or bfloat16, any strides: weights of the shared experts; None: 1.
@@ -301,5 +301,6 @@ def gather_experts(weights: Tensor, expert_ids: Tensor) -> Tensor:
     out = weights.new_empty((expert_ids.shape[0], *weights.shape[1:]))
     engine = engine_of(out)
     if engine is not None:
-        _core.gather_experts(engine, weights, expert_ids, out)
+        rows = weights.flatten(1) if weights.ndim > 2 else weights
+        _core.gather_experts(engine, rows, expert_ids, out.flatten(1) if out.ndim > 2 else out)
     return out
