@@ -484,27 +484,19 @@ class Reader:
 
     def instance(self, tokens: list[Token], own: list[Attribute]) -> None:
         """`template [[host_name("n")]] [[kernel]] decltype(f<A>) f<A>;` or `... kernel void f<A>(parameters);`"""
-        end = len(tokens) - 1
-        if tokens[end - 1].text == ")":
-            depth = 0
-            for end in range(len(tokens) - 2, 0, -1):
-                depth += (tokens[end].text == ")") - (tokens[end].text == "(")
-                if depth == 0:
-                    break
-        if tokens[end - 1].text != ">":
-            raise tokens[0].fail("expected the instantiation of a kernel template: name<arguments>")
-        depth = 0
-        for opening in range(end - 1, 0, -1):
-            depth += (tokens[opening].text == ">") - (tokens[opening].text == "<")
-            if depth == 0:
-                break
-        name = tokens[opening - 1]
+        start = 1
+        while tokens[start].text in ("kernel", "void", "decltype"):
+            start = matching(tokens, start + 1, "(", ")") + 1 if tokens[start].text == "decltype" else start + 1
+        name = tokens[start]
+        if name.kind != "name" or tokens[start + 1].text != "<":
+            raise name.fail("expected the instantiation of a kernel template: name<arguments>")
+        end = matching_angle(tokens, start + 1)
         if name.text not in self.kernels or not self.kernels[name.text].is_template:
             raise name.fail(f"'{name.text}' is not a kernel template of this source")
         host_names = [one for one in own if one.name == "host_name"]
         if len(host_names) != 1:
             raise name.fail(f"the instantiation of kernel '{name.text}' needs one host_name")
-        function = join(tokens[opening - 1 : end])
+        function = join(tokens[start : end + 1])
         self.add(Instance(host_names[0].value, function, self.kernels[name.text]), name)
 
     def add(self, instance: Instance, token: Token) -> None:
