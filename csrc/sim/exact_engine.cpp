@@ -75,6 +75,17 @@ struct Simdgroup {
   uint32_t turn;
 };
 
+/// Why a thread cannot go on. Put into words on the main stack: that of the thread may be all but used up.
+struct Fault {
+  enum class Kind { None, OutOfBounds, ReadOnly, OtherStack, StackOverflow, Race, OtherOperation, ExchangeTooLong };
+  Kind kind = Kind::None;
+  uintptr_t address = 0; // of the access
+  size_t bytes = 0;      // of the access or exchange
+  Access access = Access::Read;
+  Race race;
+  const char* operation = nullptr; // of the exchange
+};
+
 /// Runs one dispatch at a time.
 class Runner {
 public:
@@ -98,11 +109,14 @@ private:
   void complete_exchange(uint32_t simdgroup);
   [[noreturn]] void thread_returned();
   /// Abandons all fibers and returns to run_threadgroup.
-  [[noreturn]] void fail();
+  [[noreturn]] void fail(const Fault& fault);
+  [[noreturn]] void fail_access(Fault::Kind kind, uintptr_t address, size_t bytes, Access access);
+  void access_unusual(uintptr_t address, size_t bytes, Access access, const AccessMap::Region* region);
 
   std::string who(uint32_t thread) const;
   std::string describe_stall() const;
-  std::string describe_race(const Race& race, uintptr_t address, size_t bytes, Access access) const;
+  std::string describe(const Fault& fault) const;
+  std::string describe_race(const Fault& fault) const;
 
   void** exchange_table(uint32_t simdgroup, uint32_t turn) {
     return tables_.data() + (simdgroup * EXCHANGE_TURNS + turn) * simd_width_;
@@ -115,6 +129,7 @@ private:
   KernelArguments arguments_;
   uint32_t simd_width_ = 1;
   Random random_{0};
+  Fault fault_;
   std::string failure_;
 
   FiberStacks stacks_;
@@ -145,6 +160,7 @@ std::string Runner::run(const Dispatch& dispatch, uint32_t sequence) {
   simd_width_ = dispatch.library->simd_width;
   random_ = Random(seed().load() ^ uint64_t(sequence) << 32);
   failure_.clear();
+  fault_ = {};
   place_threadgroup_memory();
   make_threads();
 
@@ -223,7 +239,9 @@ void Runner::run_threadgroup(uint32_t index) {
   runnable_.pop_back();
   stack_bottom_ = stacks_.bottom(current_);
   metal_sim_switch_stack(&main_stack_, threads_[current_].stack);
-  if (failure_.empty() && returned_ != threads_.size())
+  if (fault_.kind != Fault::Kind::None)
+    failure_ = describe(fault_);
+  else if (returned_ != threads_.size())
     failure_ = describe_stall();
 }
 
@@ -284,10 +302,15 @@ void Runner::thread_returned() {
   std::abort(); // nobody resumes a thread that has returned
 }
 
-void Runner::fail() {
+void Runner::fail(const Fault& fault) {
+  fault_ = fault;
   void* abandoned;
   metal_sim_switch_stack(&abandoned, main_stack_);
   std::abort();
+}
+
+void Runner::fail_access(Fault::Kind kind, uintptr_t address, size_t bytes, Access access) {
+  fail({.kind = kind, .address = address, .bytes = bytes, .access = access, .race = {}, .operation = nullptr});
 }
 
 void Runner::threadgroup_barrier(uint32_t memory) {
@@ -320,11 +343,8 @@ void Runner::simdgroup_barrier(uint32_t memory) {
 const void* const* Runner::exchange(const char* operation, const void* value, size_t bytes) {
   const uint32_t simdgroup = current_ / simd_width_;
   Simdgroup& group = simdgroups_[simdgroup];
-  if (bytes > MAX_EXCHANGE) {
-    failure_ = std::string(operation) + " exchanges " + std::to_string(bytes) + " bytes, more than " +
-               std::to_string(MAX_EXCHANGE);
-    fail();
-  }
+  if (bytes > MAX_EXCHANGE)
+    fail({.kind = Fault::Kind::ExchangeTooLong, .bytes = bytes, .race = {}, .operation = operation});
   const uint32_t turn = group.turn;
   void** table = exchange_table(simdgroup, turn);
   if (group.in_exchange == 0) {
@@ -332,10 +352,7 @@ const void* const* Runner::exchange(const char* operation, const void* value, si
     group.bytes = bytes;
     std::fill_n(table, simd_width_, nullptr);
   } else if (group.bytes != bytes || std::strcmp(group.operation, operation) != 0) {
-    failure_ = "threads of one simdgroup meet in different operations: " + who(current_) + " calls " + operation +
-               " (" + std::to_string(bytes) + " bytes) where others call " + group.operation + " (" +
-               std::to_string(group.bytes) + " bytes)";
-    fail();
+    fail({.kind = Fault::Kind::OtherOperation, .bytes = bytes, .race = {}, .operation = operation});
   }
   constexpr size_t alignment = 16;
   const size_t stride = (bytes + alignment - 1) / alignment * alignment;
@@ -365,35 +382,43 @@ void Runner::access(uintptr_t address, size_t bytes, Access access) {
     return;
   const AccessMap::Region* region = map_.find(address, bytes);
   if (!region || (access != Access::Read && !region->writable)) [[unlikely]] {
-    if (bytes == 0)
-      return;
-    // A range may begin in one region and end in the next: their seam is no error.
-    if (region == nullptr && bytes > 1 && map_.find(address, 1)) {
-      size_t head = 1;
-      while (head < bytes && map_.find(address, head + 1))
-        ++head;
+    access_unusual(address, bytes, access, region);
+    return;
+  }
+  if (!region->shadow)
+    return;
+  const Race race = races_.access(*region->shadow, address, bytes, access, current_);
+  if (race.found) [[unlikely]]
+    fail({.kind = Fault::Kind::Race,
+          .address = address,
+          .bytes = bytes,
+          .access = access,
+          .race = race,
+          .operation = nullptr});
+}
+
+/// An access that lies in no one region, or writes what may only be read.
+void Runner::access_unusual(uintptr_t address, size_t bytes, Access access, const AccessMap::Region* region) {
+  if (bytes == 0)
+    return;
+  if (region)
+    fail_access(Fault::Kind::ReadOnly, address, bytes, access);
+  // It may begin in one region and end in the next: their seam is no error.
+  if (map_.find(address, 1)) {
+    size_t head = 1;
+    while (map_.find(address, head + 1))
+      ++head;
+    if (map_.find(address + head, 1)) {
       this->access(address, head, access);
-      if (map_.find(address + head, 1)) {
-        this->access(address + head, bytes - head, access);
-        return;
-      }
-    }
-    if (stacks_.in_guard(current_, address))
-      failure_ = who(current_) + " needs more than " + std::to_string(FiberStacks::BYTES) + " bytes of stack";
-    else if (stacks_.contains(address))
-      failure_ = who(current_) + " accessed the thread memory of another thread";
-    else
-      failure_ = who(current_) + " " + map_.describe(address, bytes, access) +
-                 (region ? ": the argument is read-only" : ": out of bounds");
-    fail();
-  }
-  if (region->shadow) {
-    const Race race = races_.access(*region->shadow, address, bytes, access, current_);
-    if (race.found) [[unlikely]] {
-      failure_ = describe_race(race, address, bytes, access);
-      fail();
+      this->access(address + head, bytes - head, access);
+      return;
     }
   }
+  if (stacks_.in_guard(current_, address))
+    fail_access(Fault::Kind::StackOverflow, address, bytes, access);
+  if (stacks_.contains(address))
+    fail_access(Fault::Kind::OtherStack, address, bytes, access);
+  fail_access(Fault::Kind::OutOfBounds, address, bytes, access);
 }
 
 std::string Runner::who(uint32_t thread) const {
@@ -402,12 +427,41 @@ std::string Runner::who(uint32_t thread) const {
          text(context.threadgroup_position_in_grid);
 }
 
-std::string Runner::describe_race(const Race& race, uintptr_t address, size_t bytes, Access access) const {
-  const std::string other = race.other_threadgroup ? "another threadgroup of the same dispatch"
+std::string Runner::describe(const Fault& fault) const {
+  const auto access = [&] { return who(current_) + " " + map_.describe(fault.address, fault.bytes, fault.access); };
+  switch (fault.kind) {
+  case Fault::Kind::None:
+    break;
+  case Fault::Kind::OutOfBounds:
+    return access() + ": out of bounds";
+  case Fault::Kind::ReadOnly:
+    return access() + ": the argument is read-only";
+  case Fault::Kind::OtherStack:
+    return who(current_) + " accessed the thread memory of another thread";
+  case Fault::Kind::StackOverflow:
+    return who(current_) + " needs more than " + std::to_string(FiberStacks::BYTES) + " bytes of stack";
+  case Fault::Kind::Race:
+    return describe_race(fault);
+  case Fault::Kind::OtherOperation: {
+    const Simdgroup& group = simdgroups_[current_ / simd_width_];
+    return "threads of one simdgroup meet in different operations: " + who(current_) + " calls " + fault.operation +
+           " (" + std::to_string(fault.bytes) + " bytes) where others call " + group.operation + " (" +
+           std::to_string(group.bytes) + " bytes)";
+  }
+  case Fault::Kind::ExchangeTooLong:
+    return std::string(fault.operation) + " exchanges " + std::to_string(fault.bytes) + " bytes, more than " +
+           std::to_string(MAX_EXCHANGE);
+  }
+  return "";
+}
+
+std::string Runner::describe_race(const Fault& fault) const {
+  const Race& race = fault.race;
+  const std::string other = race.other_threadgroup ? std::string("another threadgroup of the same dispatch")
                                                    : "thread " + text(position(race.other_thread, dispatch_->group)) +
                                                          " of the same threadgroup";
-  return "data race: " + who(current_) + " " + map_.describe(address, bytes, access) + ", which " + other +
-         (race.other_write ? " wrote" : " read") +
+  return "data race: " + who(current_) + " " + map_.describe(fault.address, fault.bytes, fault.access) + ", which " +
+         other + (race.other_write ? " wrote" : " read") +
          (race.other_threadgroup ? "" : " with no barrier for this memory between them");
 }
 

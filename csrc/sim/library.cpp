@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <dlfcn.h>
 #include <filesystem>
+#include <mutex>
 
 namespace metal_sim {
 namespace {
@@ -102,8 +103,11 @@ const KernelLibrary* open(const DeviceObject& device, const fs::path& file) {
     if (const std::string text = defect(*library->kernels[i]); !text.empty())
       refuse(text);
   }
-  if (library->services)
+  if (library->services) {
+    static std::mutex mutex; // the same library may be loaded on several threads
+    const std::lock_guard lock(mutex);
     *library->services = &exact_services();
+  }
   return library;
 }
 

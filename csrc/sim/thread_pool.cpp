@@ -21,8 +21,8 @@ namespace {
 constexpr uint64_t HELPER_SPIN = 50'000;
 // Work that takes no longer than this is not worth the wake-up of a sleeping helper, which takes about as long.
 constexpr uint64_t WORTH_WAKING = 10'000;
-// Sharing with helpers that spin costs two cache misses.
-constexpr uint64_t WORTH_SHARING = 1'000;
+// Sharing with helpers that spin costs a few cache misses, and a long wait where one has just lost its processor.
+constexpr uint64_t WORTH_SHARING = 4'000;
 // Pieces per thread: few enough that taking one is cheap, many enough that threads finish together.
 constexpr uint32_t PIECES_PER_THREAD = 32;
 

@@ -317,15 +317,17 @@ constexpr uint32_t KERNELS = sizeof table / sizeof *table;
 } // namespace
 
 extern "C" __attribute__((visibility("default"))) const KernelLibrary* metal_sim_kernel_library() {
-  static const Kernel* pointers[KERNELS];
-  for (uint32_t i = 0; i < KERNELS; ++i)
-    pointers[i] = &table[i];
-  Dl_info info;
-  dladdr(reinterpret_cast<const void*>(table), &info);
-  const std::string_view file = info.dli_fname;
-  const bool exact = file.ends_with("exact.so");
-  const uint32_t abi = file.ends_with("future.so") ? KERNEL_LIBRARY_ABI + 1 : KERNEL_LIBRARY_ABI;
-  static KernelLibrary library;
-  library = {abi, exact ? "exact" : "native", "test", exact ? 32u : 1u, pointers, KERNELS, exact ? &services : nullptr};
+  static const KernelLibrary library = [] {
+    static const Kernel* pointers[KERNELS];
+    for (uint32_t i = 0; i < KERNELS; ++i)
+      pointers[i] = &table[i];
+    Dl_info info;
+    dladdr(reinterpret_cast<const void*>(table), &info);
+    const std::string_view file = info.dli_fname;
+    const bool exact = file.ends_with("exact.so");
+    const uint32_t abi = file.ends_with("future.so") ? KERNEL_LIBRARY_ABI + 1 : KERNEL_LIBRARY_ABI;
+    return KernelLibrary{abi,     exact ? "exact" : "native", "test", exact ? 32u : 1u, pointers,
+                         KERNELS, exact ? &services : nullptr};
+  }();
   return &library;
 }
