@@ -66,7 +66,7 @@ def test_demo(capsys):
     rows = result["results"]
     assert [(row["dtype"], row["tokens"]) for row in rows] == [(d, t) for d in ("bf16", "fp16") for t in (1, 4, 40)]
     for row in rows:
-        assert row["family"].startswith(metal_moe.select_moe_kernel(row["tokens"], True)[0].removesuffix("_fp32acc"))
+        assert row["family"].startswith("moe_decode" if row["tokens"] == 1 else "moe_")
         assert row["dispatches"] == len(row["kernels"]) == (3 if row["tokens"] == 1 else 5)
         assert row["commits"] == 1
         assert row["relative_error"] <= result["tolerances"][row["dtype"]]

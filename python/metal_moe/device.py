@@ -27,7 +27,9 @@ def select_moe_kernel(
     up_bits: int | None = None,
     down_bits: int | None = None,
 ) -> tuple[str, int]:
-    """The kernel family for a batch, and how many output columns one of its threadgroups computes.
+    """The kernel family for a batch on an Apple GPU, and how many output columns one of its threadgroups computes.
+
+    Another device may change families at other batch sizes; `last_dispatch()` says which one ran.
 
     | tokens | family | tile_n |
     | --- | --- | --- |
