@@ -24,7 +24,7 @@ def route(
     Arguments are those of `fused_topk`, which are not checked here. Returns (weights [T, k] of `dtype`, ids [T, k]
     int64). Logits must be finite.
     """
-    logits = router_logits.to(dtype)
+    logits = _convert(router_logits, dtype)
     if scoring == "softmax":
         scores = logits.softmax(-1)
     elif scoring == "sigmoid":
@@ -33,7 +33,7 @@ def route(
         scores = functional.softplus(logits).sqrt()
     else:
         scores = logits
-    choice = scores if correction_bias is None else scores + correction_bias.to(dtype)
+    choice = scores if correction_bias is None else scores + _convert(correction_bias, dtype)
     if num_expert_group > 1:
         grouped = choice.unflatten(1, (num_expert_group, -1))
         best = grouped.topk(1 if group_score == "max" else 2, dim=-1).values.sum(-1)
@@ -90,15 +90,16 @@ def experts(
 
     Arguments are those of `fused_experts`, which are not checked here. Returns [T, H] of `dtype`.
     """
-    x = hidden_states.to(dtype)
+    x = _convert(hidden_states, dtype)
     out = torch.zeros_like(x)
+    topk_ids, topk_weights = topk_ids.to(x.device), _convert(topk_weights, dtype)
 
     def expert(rows: Tensor, w1: Tensor, w2: Tensor, bias1: Tensor | None, bias2: Tensor | None) -> Tensor:
-        inner = rows @ w1.to(dtype).T
+        inner = rows @ _convert(w1, dtype).T
         if bias1 is not None:
-            inner = inner + bias1.to(dtype)
-        result = activate(inner, activation, interleaved, alpha, limit) @ w2.to(dtype).T
-        return result if bias2 is None else result + bias2.to(dtype)
+            inner = inner + _convert(bias1, dtype)
+        result = activate(inner, activation, interleaved, alpha, limit) @ _convert(w2, dtype).T
+        return result if bias2 is None else result + _convert(bias2, dtype)
 
     for index in topk_ids.unique().tolist():
         if 0 <= index < w1.shape[0]:
@@ -106,10 +107,10 @@ def experts(
             bias1 = None if w1_bias is None else w1_bias[index]
             bias2 = None if w2_bias is None else w2_bias[index]
             result = expert(x[token], w1[index], w2[index], bias1, bias2)
-            out.index_add_(0, token, result * topk_weights[token, slot, None].to(dtype))
+            out.index_add_(0, token, result * topk_weights[token, slot, None])
     for index in range(0 if shared_w1 is None else shared_w1.shape[0]):
         result = expert(x, shared_w1[index], shared_w2[index], None, None)
-        out += result if shared_weights is None else result * shared_weights[:, index, None].to(dtype)
+        out += result if shared_weights is None else result * _convert(shared_weights[:, index, None], dtype)
     return out
 
 
@@ -122,7 +123,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         return 0.0
     if not actual.isfinite().all():
         return torch.inf
-    difference = (actual.to(expected.dtype) - expected).norm(dim=1)
+    difference = (_convert(actual, expected.dtype) - expected).norm(dim=1)
     norm = expected.norm(dim=1)
     # A row of zeros has no scale: any difference from it counts in full.
     return (difference / torch.where(norm == 0, 1.0, norm)).max().item()
+
+
+def _convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in another dtype; on the CPU where its device has no float64."""
+    if dtype == torch.float64 and tensor.device.type == "mps":
+        tensor = tensor.cpu()
+    return tensor.to(dtype)
