@@ -131,8 +131,7 @@ void Encoding::grouped() {
   tables.inverse = stream.scratch(size_t(plan.rows) * sizeof(uint32_t));
   tables.tiles = stream.scratch(size_t(plan.tiles) * sizeof(RowTile));
   tables.max_tiles = plan.tiles;
-  encode_group(stream, engine, ids, shape.tokens, shape.top_k, shape.experts, shape.shared, plan.row_tile,
-               tables);
+  encode_group(stream, engine, ids, shape.tokens, shape.top_k, shape.experts, shape.shared, plan.row_tile, tables);
 
   const uint32_t wanted_simdgroups = plan.family == Family::Prefill4 ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS;
   const BufferView h = stream.scratch(plan.h_bytes);

@@ -29,9 +29,9 @@ struct ExpertsLayer {
 /// Sizes of a layer for hidden states x [T, H] and top_k experts per token.
 LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t top_k);
 
-/// out [T, H] = sum over slots of weight * expert(x). `ids` and `weights` are [T, top_k]. Records the family in
-/// last_dispatch(). std::invalid_argument naming the argument where the layer asks for a family that cannot run it.
-/// No dispatch for T = 0.
+/// out [T, H], contiguous, = sum over slots of weight * expert(x). `ids` and `weights` are [T, top_k]. Records the
+/// family in last_dispatch(). std::invalid_argument naming the argument where the layer asks for a family that cannot
+/// run it. No dispatch for T = 0.
 void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
                     const SlotsView& ids, const SlotsView& weights, uint32_t top_k, const TensorView& out);
 
