@@ -1,6 +1,6 @@
 """Layers of real models beside PyTorch's own ways to compute them: time, fraction of the floor, ratio.
 
-    python bench/moe_layer.py [--model glm qwen3 mixtral] [--tokens 1 4 16 32 128] [--dtype bf16] [--json FILE] [--plot FILE]
+    python bench/moe_layer.py [--model glm qwen3 mixtral] [--tokens 1 4 16 32 128] [--json FILE] [--plot FILE]
 
 The experts of a layer, given routes, without the shared ones. In every round each implementation runs once, in turn, so
 that what else the machine does falls on all alike; the time of each is the median of the rounds and the ratio is the
