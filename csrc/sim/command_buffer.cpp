@@ -48,11 +48,17 @@ void CommandBufferObject::execute() {
   call_all(scheduled_handlers, this);
   start = double(nanoseconds_now()) * NANOSECOND;
   std::string failure;
-  for (uint32_t i = 0; i < recording->dispatches.size() && failure.empty(); ++i)
-    failure = queue->device->engine.run(recording->dispatches[i], i);
+  MTL::CommandBufferError code = MTL::CommandBufferErrorPageFault;
+  try {
+    for (uint32_t i = 0; i < recording->dispatches.size() && failure.empty(); ++i)
+      failure = queue->device->engine.run(recording->dispatches[i], i);
+  } catch (const std::exception& exception) { // of the engine itself: out of memory
+    failure = exception.what();
+    code = MTL::CommandBufferErrorOutOfMemory;
+  }
   end = double(nanoseconds_now()) * NANOSECOND;
   if (!failure.empty())
-    error = NS::TransferPtr(new ErrorObject(ERROR_DOMAIN, MTL::CommandBufferErrorPageFault, std::move(failure)));
+    error = NS::TransferPtr(new ErrorObject(ERROR_DOMAIN, NS::Integer(code), std::move(failure)));
   status.store(error ? MTL::CommandBufferStatusError : MTL::CommandBufferStatusCompleted, std::memory_order_release);
   queue->give_back(std::move(recording));
   call_all(completed_handlers, this);

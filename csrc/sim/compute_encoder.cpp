@@ -9,7 +9,13 @@ const EncoderObject* impl(const MTL::CommandEncoder* encoder) { return static_ca
 std::string text(uint64_t value) { return std::to_string(value); }
 
 std::string text(MTL::Size size) {
-  return "(" + text(size.width) + ", " + text(size.height) + ", " + text(size.depth) + ")";
+  std::string result("(");
+  result += text(size.width);
+  result += ", ";
+  result += text(size.height);
+  result += ", ";
+  result += text(size.depth);
+  return result += ")";
 }
 
 std::string describe(const Kernel& kernel, const KernelArgument& argument) {
@@ -175,6 +181,7 @@ void ComputeCommandEncoder::dispatchThreadgroups(Size threadgroupsPerGrid, Size 
   Dispatch& dispatch = dispatches.emplace_back();
   dispatch.kernel = encoder.pipeline->kernel;
   dispatch.library = encoder.pipeline->library->kernels;
+  dispatch.cost = &encoder.pipeline->cost;
   const auto narrow = [](Size size) -> Size3 {
     return {uint32_t(size.width), uint32_t(size.height), uint32_t(size.depth)};
   };

@@ -3,6 +3,7 @@
 
 #include "kernel_library.h"
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -13,6 +14,7 @@ namespace metal_sim {
 struct Dispatch {
   const Kernel* kernel;
   const KernelLibrary* library;
+  std::atomic<uint32_t>* cost;      // the pipeline's: nanoseconds that a threadgroup took lately, 0 where unknown
   Size3 grid;                       // threadgroups
   Size3 group;                      // threads of each
   KernelArguments arguments;        // threadgroup pointers are the engine's to set

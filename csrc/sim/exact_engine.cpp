@@ -52,7 +52,13 @@ private:
 };
 
 std::string text(Size3 p) {
-  return "(" + std::to_string(p.x) + ", " + std::to_string(p.y) + ", " + std::to_string(p.z) + ")";
+  std::string text("(");
+  text += std::to_string(p.x);
+  text += ", ";
+  text += std::to_string(p.y);
+  text += ", ";
+  text += std::to_string(p.z);
+  return text += ")";
 }
 
 enum class State : uint8_t { Runnable, ThreadgroupBarrier, SimdgroupBarrier, Exchange, Returned };
@@ -351,7 +357,7 @@ const void* const* Runner::exchange(const char* operation, const void* value, si
     group.operation = operation;
     group.bytes = bytes;
     std::fill_n(table, simd_width_, nullptr);
-  } else if (group.bytes != bytes || std::strcmp(group.operation, operation) != 0) {
+  } else if (group.bytes != bytes || (group.operation != operation && std::strcmp(group.operation, operation) != 0)) {
     fail({.kind = Fault::Kind::OtherOperation, .bytes = bytes, .race = {}, .operation = operation});
   }
   constexpr size_t alignment = 16;

@@ -78,6 +78,8 @@ std::string defect(const Kernel& kernel) {
     if (argument.index >= limit)
       return std::string("kernel '") + kernel.name + "': index " + std::to_string(argument.index) + " of argument '" +
              argument.name + "' is not below " + std::to_string(limit);
+    if (argument.kind == ArgumentKind::Buffer && argument.alignment == 0)
+      return std::string("kernel '") + kernel.name + "': argument '" + argument.name + "' has no alignment";
   }
   return "";
 }
@@ -99,6 +101,8 @@ const KernelLibrary* open(const DeviceObject& device, const fs::path& file) {
     refuse("interface version " + std::to_string(library->abi) + ", not " + std::to_string(KERNEL_LIBRARY_ABI));
   if (std::string_view(library->engine) != device.engine.name())
     refuse(std::string("compiled for engine '") + library->engine + "', not '" + device.engine.name() + "'");
+  if (library->simd_width == 0 || library->simd_width > MAX_THREADS_PER_THREADGROUP)
+    refuse("simdgroups of " + std::to_string(library->simd_width) + " threads");
   for (uint32_t i = 0; i < library->kernel_count; ++i) {
     if (const std::string text = defect(*library->kernels[i]); !text.empty())
       refuse(text);

@@ -8,8 +8,8 @@ namespace metal_sim {
 namespace {
 
 void run_threadgroups(const void* context, uint32_t first, uint32_t last) {
-  // Memory of the threadgroup that this thread runs, on its stack: a library loaded late has little room for thread-local
-  // data. Cache-line aligned, as is every argument in it.
+  // Memory of the threadgroup that this thread runs, on its stack: a library loaded late has little room for
+  // thread-local data. Cache-line aligned, as is every argument in it.
   constexpr uint32_t alignment = 64;
   alignas(alignment) std::byte memory[MAX_THREADGROUP_MEMORY + MAX_THREADGROUP_ARGUMENTS * alignment];
 
@@ -42,7 +42,10 @@ public:
   const char* name() const override { return "native"; }
 
   std::string run(const Dispatch& dispatch, uint32_t) override {
-    ThreadPool::instance().run(uint32_t(volume(dispatch.grid)), run_threadgroups, &dispatch);
+    const uint32_t cost = dispatch.cost->load(std::memory_order_relaxed);
+    const uint32_t measured =
+        ThreadPool::instance().run(uint32_t(volume(dispatch.grid)), run_threadgroups, &dispatch, cost);
+    dispatch.cost->store(measured, std::memory_order_relaxed);
     return "";
   }
 };

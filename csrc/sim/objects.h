@@ -86,6 +86,7 @@ public:
   const NS::SharedPtr<LibraryObject> library;
   const Kernel* const kernel;
   const uint32_t simd_width;
+  mutable std::atomic<uint32_t> cost{0}; // see Dispatch
   Label label;
 };
 

@@ -110,8 +110,13 @@ Race RaceDetector::access(Shadow& shadow, uintptr_t address, size_t bytes, Acces
 
   const bool atomic = access == Access::Atomic;
   const Stamp now = {clock_, thread, atomic, 0, 0, 0};
-  for (size_t i = 0; i < bytes; ++i) {
-    Shadow::Cell& cell = shadow.at(address + i);
+  Shadow::Cell* cells = nullptr;
+  for (size_t i = 0, left = 0; i < bytes; ++i, --left, ++cells) {
+    if (left == 0) {
+      cells = &shadow.at(address + i);
+      left = shadow.left_in_page(address + i);
+    }
+    Shadow::Cell& cell = *cells;
     const bool bad_writer = !(atomic && cell.writer.atomic) && observer.unordered(cell.writer);
     const bool bad_reader = access != Access::Read && observer.unordered_readers(cell.reader);
     if (bad_writer || bad_reader) {

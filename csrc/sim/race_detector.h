@@ -55,6 +55,8 @@ public:
       page = new_page();
     return page[(address - base_) % PAGE];
   }
+  /// How many cells from that of `address` on lie one behind the other.
+  size_t left_in_page(uintptr_t address) const { return PAGE - (address - base_) % PAGE; }
   MemoryKind kind() const { return kind_; }
 
 private:

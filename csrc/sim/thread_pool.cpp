@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
+#include <system_error>
 #include <unistd.h>
 
 namespace metal_sim {
@@ -23,6 +24,8 @@ constexpr uint64_t HELPER_SPIN = 50'000;
 constexpr uint64_t WORTH_WAKING = 10'000;
 // Sharing with helpers that spin costs a few cache misses, and a long wait where one has just lost its processor.
 constexpr uint64_t WORTH_SHARING = 4'000;
+// Less than this says nothing about the cost of the rest: a look at the clock takes a tenth of it.
+constexpr uint64_t MEASURABLE = 300;
 // Pieces per thread: few enough that taking one is cheap, many enough that threads finish together.
 constexpr uint32_t PIECES_PER_THREAD = 32;
 
@@ -45,6 +48,12 @@ int initial_threads() {
   const char* text = std::getenv("METAL_MOE_NUM_THREADS");
   const int wanted = text ? std::atoi(text) : 0;
   return wanted > 0 ? wanted : processors();
+}
+
+/// Less is believed at once, more only by half: a thread that loses its processor measures too much.
+uint32_t updated(uint32_t cost, uint64_t measured) {
+  measured = std::min<uint64_t>(measured, UINT32_MAX);
+  return uint32_t(measured < cost ? measured : (cost + measured + 1) / 2);
 }
 
 } // namespace
@@ -72,9 +81,13 @@ void ThreadPool::start_helpers(uint32_t count) {
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   const uint32_t seen = news_.load();
-  while (helpers_.size() < count) {
-    helpers_.emplace_back(&ThreadPool::help, this, seen);
-    pthread_setname_np(helpers_.back().native_handle(), "metal-native");
+  try {
+    while (helpers_.size() < count) {
+      helpers_.emplace_back(&ThreadPool::help, this, seen);
+      pthread_setname_np(helpers_.back().native_handle(), "metal-native");
+    }
+  } catch (const std::system_error&) { // no more threads to be had: go on with those there are
+    threads_.store(int(helpers_.size()) + 1, std::memory_order_relaxed);
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
@@ -117,12 +130,16 @@ void ThreadPool::help(uint32_t seen) {
   }
 }
 
-void ThreadPool::share_work() {
+/// Returns how many elements the calling thread did.
+uint32_t ThreadPool::share_work() {
+  uint32_t done = 0;
   for (;;) {
     const uint32_t first = next_.fetch_add(step_, std::memory_order_relaxed);
     if (first >= count_)
-      return;
-    body_(context_, first, std::min(count_, first + step_));
+      return done;
+    const uint32_t last = std::min(count_, first + step_);
+    body_(context_, first, last);
+    done += last - first;
   }
 }
 
@@ -141,12 +158,12 @@ void ThreadPool::finish() {
     sched_yield(); // a helper has lost its processor, perhaps to this thread
 }
 
-void ThreadPool::run(uint32_t count, Body body, const void* context) {
-  const uint32_t threads = uint32_t(size());
+uint32_t ThreadPool::run(uint32_t count, Body body, const void* context, uint32_t cost) {
+  const auto threads = uint32_t(size());
   std::unique_lock lock(busy_, std::defer_lock);
   if (count < 2 || threads < 2 || !lock.try_lock()) {
     body(context, 0, count);
-    return;
+    return cost;
   }
   body_ = body;
   context_ = context;
@@ -156,22 +173,27 @@ void ThreadPool::run(uint32_t count, Body body, const void* context) {
   if (helpers_.size() + 1 < threads)
     start_helpers(threads - 1);
 
-  // Begin alone; share when what remains is worth it, judged by what is done.
-  const uint64_t start = nanoseconds_now();
+  // Work of unknown or small cost begins alone; share when what remains is worth it, judged by what is done.
   uint32_t done = 0;
-  for (uint64_t remaining = 0;
-       remaining <= (sleeping_.load(std::memory_order_relaxed) ? WORTH_WAKING : WORTH_SHARING);) {
-    if (done == count)
-      return;
-    const uint32_t last = std::min(count, done + step_);
+  uint64_t start = nanoseconds_now(), remaining = uint64_t(cost) * count;
+  while (remaining <= (sleeping_.load(std::memory_order_relaxed) ? WORTH_WAKING : WORTH_SHARING)) {
+    const uint32_t last = std::min(count, 2 * done + step_); // twice as many each time: few looks at the clock
     body(context, done, last);
     done = last;
-    remaining = (nanoseconds_now() - start) * (count - done) / done;
+    const uint64_t elapsed = nanoseconds_now() - start;
+    if (done == count)
+      return updated(cost, elapsed / done);
+    if (elapsed > MEASURABLE)
+      remaining = elapsed / done * (count - done);
   }
   next_.store(done, std::memory_order_relaxed);
   publish(count - done);
-  share_work();
+  start = nanoseconds_now(); // without the wake-up
+  done = share_work();
+  if (done)
+    cost = updated(cost, (nanoseconds_now() - start) / done);
   finish();
+  return cost;
 }
 
 void set_num_threads(int threads) { ThreadPool::instance().resize(threads); }

@@ -13,9 +13,10 @@ class ThreadPool {
 public:
   /// Calls `body(context, first, last)` for consecutive ranges that cover 0..count-1, on the calling thread and on
   /// helpers, and returns when all have returned. Where the pool is busy with another caller's work, or the work turns
-  /// out too small to share, the calling thread does it alone.
+  /// out too small to share, the calling thread does it alone. `cost`: nanoseconds that one element is expected to
+  /// take, 0 where unknown; returns what it took on the calling thread, or `cost` where that was not measured.
   using Body = void (*)(const void* context, uint32_t first, uint32_t last);
-  void run(uint32_t count, Body body, const void* context);
+  uint32_t run(uint32_t count, Body body, const void* context, uint32_t cost);
 
   void resize(int threads);
   int size() const { return threads_.load(std::memory_order_relaxed); }
@@ -30,7 +31,7 @@ private:
   void stop_helpers();
   void help(uint32_t seen);
   bool join();
-  void share_work();
+  uint32_t share_work();
   void publish(uint32_t remaining);
   void finish();
 
