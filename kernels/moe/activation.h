@@ -6,8 +6,8 @@
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
 
 /// erfc(t) for t >= 0. MSL has no erf. Below 1: 1 - erf, erf(t)/t - 1 as a polynomial in t^2; from there on
-/// exp(t * polynomial in t). Both fitted at Chebyshev nodes to the mpmath function, relative error of the result below 8e-6; above
-/// t = 6 the value is under 3e-17 and is held.
+/// exp(t * polynomial in t). Both fitted at Chebyshev nodes to the mpmath function, relative error of the result below
+/// 8e-6; above t = 6 the value is under 3e-17 and is held.
 inline float erfc_positive(float t) {
   const float s = t * t;
   float p = 7.882497108e-05f;
@@ -42,7 +42,8 @@ inline float gelu(float x) {
 inline float gelu_tanh(float x) { return x * sigmoid(1.5957691216057308f * fma(0.044715f * x * x, x, x)); }
 
 /// act(gate) * up; `up` is not read by ACTIVATION_RELU2, which has no gate: its one input is `gate`.
-template <uint KIND> inline float activate(float gate, float up, float alpha, float limit) {
+template <uint KIND>
+inline float activate(float gate, float up, float alpha, float limit) {
   if (KIND == ACTIVATION_SILU)
     return gate * sigmoid(gate) * up;
   if (KIND == ACTIVATION_GELU)

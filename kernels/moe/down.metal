@@ -14,7 +14,8 @@
 #include "gemv.h"
 
 /// Rows column .. column + R - 1 of one expert's w2; past the edge the last one again, not stored.
-template <uint R, typename T> inline Rows<T, R> down_rows(device const T* w2, uint column, uint hidden, uint K) {
+template <uint R, typename T>
+inline Rows<T, R> down_rows(device const T* w2, uint column, uint hidden, uint K) {
   Rows<T, R> w;
   for (uint i = 0; i < R; ++i)
     w.row[i] = w2 + ulong(min(column + i, hidden - 1)) * K;
@@ -24,8 +25,8 @@ template <uint R, typename T> inline Rows<T, R> down_rows(device const T* w2, ui
 template <bool VECTORIZED, typename T, typename Acc>
 inline void down_decode_columns(device const T* h, device const T* w2, device const T* shared_w2, device const T* bias,
                                 device const int* ids, device const uchar* weights, device const uchar* shared_weights,
-                                device T* out, constant ExpertsArgs& args, uint first_column, uint token, uint simdgroup,
-                                uint lane) {
+                                device T* out, constant ExpertsArgs& args, uint first_column, uint token,
+                                uint simdgroup, uint lane) {
   constexpr uint N = gemv_weight_rows<1>();
   const uint slots = args.top_k + args.shared;
   const uint end = min(first_column + GEMV_TILE_N, args.hidden);
@@ -66,7 +67,7 @@ inline void down_decode_columns(device const T* h, device const T* w2, device co
 }
 
 template <typename T, typename Acc>
-[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS * SIMD_WIDTH)]] void
+[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 down_decode(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], device const T* shared_w2 [[buffer(2)]],
             device const T* bias [[buffer(3)]], device const int* ids [[buffer(4)]],
             device const uchar* weights [[buffer(5)]], device const uchar* shared_weights [[buffer(6)]],
@@ -83,10 +84,11 @@ down_decode(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], d
 }
 
 /// Columns column .. column + R - 1 of y, in prefill4.
-template <bool VECTORIZED, typename T, typename Acc> struct DownBlock {
+template <bool VECTORIZED, typename T, typename Acc>
+struct DownBlock {
   static constexpr constant uint R = gemv_weight_rows<GEMV_ROWS>();
   SortedRows<T> rows;
-  device float* y; // of row 0
+  device float* y;      // of row 0
   device const T* bias; // of the expert, or null
   uint K;
   uint stride;
@@ -94,7 +96,8 @@ template <bool VECTORIZED, typename T, typename Acc> struct DownBlock {
   uint end;
   uint lane;
 
-  template <uint C> void run(thread const Rows<T, R>& w, uint first) thread const {
+  template <uint C>
+  void run(thread const Rows<T, R>& w, uint first) thread const {
     float sum[R][C];
     dot_block<VECTORIZED, Acc>(w, rows, first, K, lane, sum);
     for (uint i = 0; i < R; ++i)
@@ -106,7 +109,8 @@ template <bool VECTORIZED, typename T, typename Acc> struct DownBlock {
 
 template <bool VECTORIZED, typename T, typename Acc>
 inline void down_prefill4_columns(device const T* h, device const T* w, device const T* bias, device float* y, uint K,
-                                  uint count, uint first_column, constant ExpertsArgs& args, uint simdgroup, uint lane) {
+                                  uint count, uint first_column, constant ExpertsArgs& args, uint simdgroup,
+                                  uint lane) {
   using Block = DownBlock<VECTORIZED, T, Acc>;
   const SortedRows<T> rows{h, args.h_row_stride};
   const uint end = min(first_column + GEMV_TILE_N, args.hidden);
@@ -117,12 +121,12 @@ inline void down_prefill4_columns(device const T* h, device const T* w, device c
 }
 
 template <typename T, typename Acc>
-[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS * SIMD_WIDTH)]] void
-down_prefill4(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], device const T* shared_w2 [[buffer(2)]],
-              device const T* bias [[buffer(3)]], device const RowTile* tiles [[buffer(4)]],
-              device float* y [[buffer(5)]], constant ExpertsArgs& args [[buffer(6)]],
-              uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-              uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
+down_prefill4(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]],
+              device const T* shared_w2 [[buffer(2)]], device const T* bias [[buffer(3)]],
+              device const RowTile* tiles [[buffer(4)]], device float* y [[buffer(5)]],
+              constant ExpertsArgs& args [[buffer(6)]], uint3 group [[threadgroup_position_in_grid]],
+              uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const RowTile tile = tiles[group.x];
   if (tile.rows == 0)
     return;
@@ -140,7 +144,7 @@ down_prefill4(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]],
 }
 
 template <typename T, typename Acc, uint ROW_TILE, uint TILE_N, uint K_BYTES, bool STAGE_WEIGHTS>
-[[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS * SIMD_WIDTH)]] void
+[[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 down_gemm(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], device const T* shared_w2 [[buffer(2)]],
           device const T* bias [[buffer(3)]], device const RowTile* tiles [[buffer(4)]], device float* y [[buffer(5)]],
           constant ExpertsArgs& args [[buffer(6)]], threadgroup uchar* memory [[threadgroup(0)]],

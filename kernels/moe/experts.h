@@ -5,9 +5,9 @@
 /// Elementwise function between the two matrix products.
 enum Activation : uint {
   ACTIVATION_SILU = 0,
-  ACTIVATION_GELU = 1,      // erf
+  ACTIVATION_GELU = 1, // erf
   ACTIVATION_GELU_TANH = 2,
-  ACTIVATION_RELU2 = 3,     // max(x, 0)^2, no gate: kernels named `up_...`
+  ACTIVATION_RELU2 = 3,       // max(x, 0)^2, no gate: kernels named `up_...`
   ACTIVATION_SWIGLU_CLAMP = 4 // gpt-oss: g = min(g, limit), u = clamp(u, -limit, limit), g * sigmoid(alpha g) * (u + 1)
 };
 
@@ -51,32 +51,33 @@ struct ExpertsArgs {
   uint experts;             // E
   uint shared;              // shared experts: slots top_k, top_k + 1, ... of every token
   uint top_k;
-  uint x_row_stride;        // elements between rows of hidden_states
-  uint h_row_stride;        // elements between rows of the intermediate: max of both I, rounded up to 8
-  uint out_row_stride;      // elements between rows of the output (decode) or of y (grouped: H)
-  uint ids_token_stride;    // elements of the id type (decode only)
+  uint x_row_stride;     // elements between rows of hidden_states
+  uint h_row_stride;     // elements between rows of the intermediate: max of both I, rounded up to 8
+  uint out_row_stride;   // elements between rows of the output (decode) or of y (grouped: H)
+  uint ids_token_stride; // elements of the id type (decode only)
   uint ids_slot_stride;
-  uint id_words;            // 32-bit words of an id: 1 int32, 2 int64
+  uint id_words;             // 32-bit words of an id: 1 int32, 2 int64
   uint weights_token_stride; // routing weights (decode's down only), elements
   uint weights_slot_stride;
-  uint weights_type;        // ScalarType
+  uint weights_type; // ScalarType
   uint has_shared_weights;
   uint shared_token_stride;
   uint shared_slot_stride;
   uint shared_type;
-  uint interleaved;         // w1 rows: 0 = gate rows then up rows, 1 = gate 0, up 0, gate 1, up 1, ...
-  uint has_bias;            // biases of the routed experts: [E, 2I] or [E, I] for gate_up, [E, H] for down
-  uint activation;          // Activation
+  uint interleaved; // w1 rows: 0 = gate rows then up rows, 1 = gate 0, up 0, gate 1, up 1, ...
+  uint has_bias;    // biases of the routed experts: [E, 2I] or [E, I] for gate_up, [E, H] for down
+  uint activation;  // Activation
   float alpha;
   float limit;
-  uint vectorized;          // 1: every row read starts at a multiple of VECTOR_BYTES and K is a multiple of 8
-  uint tiles;               // grouped: elements of the tile table = grid width
+  uint vectorized; // 1: every row read starts at a multiple of VECTOR_BYTES and K is a multiple of 8
+  uint tiles;      // grouped: elements of the tile table = grid width
 };
 
 // Buffers.
 //  gate_up, decode : 0 x, 1 w1, 2 shared_w1, 3 bias1, 4 ids, 5 h out [T * slots, h_row_stride], 6 ExpertsArgs.
 //                    Grid (ceil(max I / GEMV_TILE_N), slots, T), slots = top_k + shared.
-//  down, decode    : 0 h, 1 w2, 2 shared_w2, 3 bias2, 4 ids, 5 topk_weights, 6 shared_weights, 7 out [T, H], 8 ExpertsArgs.
+//  down, decode    : 0 h, 1 w2, 2 shared_w2, 3 bias2, 4 ids, 5 topk_weights, 6 shared_weights, 7 out [T, H], 8
+//  ExpertsArgs.
 //                    Grid (ceil(H / GEMV_TILE_N), T).
 //  gate_up, grouped: 0 x, 1 w1, 2 shared_w1, 3 bias1, 4 sorted_rows, 5 tiles, 6 h out (sorted order), 7 ExpertsArgs;
 //                    threadgroup 0: gate_up_threadgroup_bytes. Grid (tiles, ceil(max I / tile_n)).

@@ -4,8 +4,10 @@
 //   h  [S, I']       intermediate, in x's dtype            I' = h_row_stride; S = T * (top_k + shared)
 //
 // decode       h rows are assignments (token, slot). A threadgroup computes GEMV_TILE_N columns of one assignment; a
-//              simdgroup 4 columns at a time, its lanes splitting K. Every assignment reads its expert: S * 2IH weights.
-// prefill4     h rows are in expert order. A threadgroup computes GEMV_TILE_N columns of one row tile, see gemv.h: up to
+//              simdgroup 4 columns at a time, its lanes splitting K. Every assignment reads its expert: S * 2IH
+//              weights.
+// prefill4     h rows are in expert order. A threadgroup computes GEMV_TILE_N columns of one row tile, see gemv.h: up
+// to
 //              4 rows share each weight in registers, all rows of the tile each weight read from memory.
 // base, large_batch, simd
 //              h rows are in expert order; 8x8 simdgroup matrices, see gemm.h.
@@ -18,11 +20,12 @@ inline uint gate_row(uint n, bool interleaved) { return interleaved ? 2 * n : n;
 inline uint up_row(uint n, uint intermediate, bool interleaved) { return interleaved ? 2 * n + 1 : intermediate + n; }
 
 /// Columns column .. column + N - 1 of h, in the GEMV families.
-template <bool VECTORIZED, uint MAX_ROWS, typename T, typename Acc, bool GATED, typename Source> struct GateUpBlock {
+template <bool VECTORIZED, uint MAX_ROWS, typename T, typename Acc, bool GATED, typename Source>
+struct GateUpBlock {
   static constexpr constant uint R = gemv_weight_rows<MAX_ROWS>();
   static constexpr constant uint N = GATED ? R / 2 : R;
   Source rows;
-  device T* h; // of row 0
+  device T* h;          // of row 0
   device const T* bias; // of the expert, or null
   uint intermediate;
   uint column;
@@ -41,7 +44,8 @@ template <bool VECTORIZED, uint MAX_ROWS, typename T, typename Acc, bool GATED, 
     return w;
   }
 
-  template <uint C> void run(thread const Rows<T, R>& w, uint first) thread const {
+  template <uint C>
+  void run(thread const Rows<T, R>& w, uint first) thread const {
     float sum[R][C];
     dot_block<VECTORIZED, Acc>(w, rows, first, args.hidden, lane, sum);
     for (uint i = 0; i < N; ++i)
@@ -55,8 +59,7 @@ template <bool VECTORIZED, uint MAX_ROWS, typename T, typename Acc, bool GATED, 
             if (GATED)
               up += float(bias[up_row(n, intermediate, args.interleaved)]);
           }
-          h[ulong(first + c) * args.h_row_stride + n] =
-              T(activate(args.activation, gate, up, args.alpha, args.limit));
+          h[ulong(first + c) * args.h_row_stride + n] = T(activate(args.activation, gate, up, args.alpha, args.limit));
         }
   }
 };
@@ -82,17 +85,18 @@ inline void gate_up_gemv(thread const Source& rows, uint count, device const T* 
 }
 
 template <typename T, typename Acc, bool GATED>
-[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS * SIMD_WIDTH)]] void
-gate_up_decode(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]], device const T* shared_w1 [[buffer(2)]],
-               device const T* bias [[buffer(3)]], device const int* ids [[buffer(4)]], device T* h [[buffer(5)]],
-               constant ExpertsArgs& args [[buffer(6)]], uint3 group [[threadgroup_position_in_grid]],
-               uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
+gate_up_decode(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]],
+               device const T* shared_w1 [[buffer(2)]], device const T* bias [[buffer(3)]],
+               device const int* ids [[buffer(4)]], device T* h [[buffer(5)]], constant ExpertsArgs& args [[buffer(6)]],
+               uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+               uint lane [[thread_index_in_simdgroup]]) {
   const uint slot = group.y, token = group.z;
   const uint slots = args.top_k + args.shared;
-  const uint expert =
-      slot < args.top_k
-          ? load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride, args.id_words, args.experts)
-          : args.experts + slot - args.top_k;
+  const uint expert = slot < args.top_k
+                          ? load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride,
+                                    args.id_words, args.experts)
+                          : args.experts + slot - args.top_k;
   if (expert == NO_EXPERT)
     return; // dropped: `down` skips the row too
   const SortedRows<T> rows{x + ulong(token) * args.x_row_stride, 0};
@@ -106,7 +110,7 @@ gate_up_decode(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]]
 }
 
 template <typename T, typename Acc, bool GATED>
-[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS * SIMD_WIDTH)]] void
+[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 gate_up_prefill4(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]],
                  device const T* shared_w1 [[buffer(2)]], device const T* bias [[buffer(3)]],
                  device const uint* sorted_rows [[buffer(4)]], device const RowTile* tiles [[buffer(5)]],
@@ -119,15 +123,15 @@ gate_up_prefill4(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)
   const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k + args.shared, args.x_row_stride};
   device T* to = h + ulong(tile.first_row) * args.h_row_stride;
   if (args.vectorized)
-    gate_up_gemv<true, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to, group.y * GEMV_TILE_N,
-                                         args, simdgroup, lane);
+    gate_up_gemv<true, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to,
+                                                 group.y * GEMV_TILE_N, args, simdgroup, lane);
   else
-    gate_up_gemv<false, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to, group.y * GEMV_TILE_N,
-                                          args, simdgroup, lane);
+    gate_up_gemv<false, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to,
+                                                  group.y * GEMV_TILE_N, args, simdgroup, lane);
 }
 
 template <typename T, typename Acc, bool GATED, uint ROW_TILE, uint TILE_N, uint K_BYTES, bool STAGE_WEIGHTS>
-[[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS * SIMD_WIDTH)]] void
+[[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 gate_up_gemm(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]], device const T* shared_w1 [[buffer(2)]],
              device const T* bias [[buffer(3)]], device const uint* sorted_rows [[buffer(4)]],
              device const RowTile* tiles [[buffer(5)]], device T* h [[buffer(6)]],
@@ -143,9 +147,9 @@ gate_up_gemm(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]], 
   using Tile = GemmTile<T, Acc, MATRICES, ROW_TILE, TILE_N, K_BYTES, STAGE_WEIGHTS>;
 
   WeightRows<T> weights;
-  weights.base = dense_expert(w1, shared_w1, tile.expert, args.experts,
-                              ulong(MATRICES * args.intermediate) * args.hidden,
-                              ulong(MATRICES * args.shared_intermediate) * args.hidden);
+  weights.base =
+      dense_expert(w1, shared_w1, tile.expert, args.experts, ulong(MATRICES * args.intermediate) * args.hidden,
+                   ulong(MATRICES * args.shared_intermediate) * args.hidden);
   weights.column_step = GATED && args.interleaved ? 2 : 1;
   weights.matrix_step = args.interleaved ? 1 : intermediate;
   weights.columns = intermediate;

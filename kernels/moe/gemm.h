@@ -21,7 +21,8 @@ constexpr constant uint GEMM_LANE_SIMDGROUPS = simdgroups(GEMM_SIMDGROUPS, SIMD_
 constexpr constant uint FP16_RUN = 64;
 
 /// The weight rows of one expert: matrix m, column n is row n * column_step + m * matrix_step.
-template <typename T> struct WeightRows {
+template <typename T>
+struct WeightRows {
   device const T* base;
   uint column_step;
   uint matrix_step;
@@ -34,7 +35,8 @@ template <typename T> struct WeightRows {
 
 /// The weight rows of a threadgroup as rows to stage: first those of matrix 0, then of matrix 1; past the last column
 /// the last one again (its products are not stored).
-template <typename T, uint TILE_N> struct TileWeightRows {
+template <typename T, uint TILE_N>
+struct TileWeightRows {
   WeightRows<T> weights;
   uint first_column;
   uint K;
@@ -88,9 +90,14 @@ struct GemmTile {
   static constexpr constant uint SUBTILES = SUBTILE_COLUMNS * (ROW_TILE / (8 * ROW_FRAGMENTS)) / GEMM_LANE_SIMDGROUPS;
   static constexpr constant uint FRAGMENTS = SUBTILES * ROW_FRAGMENTS * COLUMN_FRAGMENTS;
 
+  static constexpr constant uint SUBTILE_FRAGMENTS = ROW_FRAGMENTS * MATRICES * COLUMN_FRAGMENTS;
+
   struct Subtile {
-    simdgroup_matrix<float, 8, 8> fragment[ROW_FRAGMENTS][MATRICES][COLUMN_FRAGMENTS];
+    simdgroup_matrix<float, 8, 8> fragment[SUBTILE_FRAGMENTS];
   };
+  static constexpr uint index(uint row_fragment, uint matrix, uint column_fragment) {
+    return (row_fragment * MATRICES + matrix) * COLUMN_FRAGMENTS + column_fragment;
+  }
   Subtile subtiles[SUBTILES];
 
   /// Where fragment i of this simdgroup stands in the tile.
@@ -104,7 +111,7 @@ struct GemmTile {
   }
   thread simdgroup_matrix<float, 8, 8>& fragment(uint i, uint matrix) thread {
     return subtiles[i / (ROW_FRAGMENTS * COLUMN_FRAGMENTS)]
-        .fragment[i / COLUMN_FRAGMENTS % ROW_FRAGMENTS][matrix][i % COLUMN_FRAGMENTS];
+        .fragment[index(i / COLUMN_FRAGMENTS % ROW_FRAGMENTS, matrix, i % COLUMN_FRAGMENTS)];
   }
 
   /// This simdgroup's place for one fragment of each matrix.
@@ -117,15 +124,19 @@ struct GemmTile {
   void accumulate(thread Subtile& sum, threadgroup const T* xs, threadgroup const T* ws,
                   thread const WeightRows<T>& weights, uint first_column, uint k0, uint K, uint row, uint column,
                   uint steps) thread const {
-    simdgroup_matrix<Acc, 8, 8> part[ROW_FRAGMENTS][MATRICES][COLUMN_FRAGMENTS];
+    simdgroup_matrix<Acc, 8, 8> part[SUBTILE_FRAGMENTS];
     constexpr bool FP16 = sizeof(Acc) == 2;
     for (uint step = 0; step < steps; ++step) {
       if (FP16 && step % (FP16_RUN / 8) == 0)
         clear(part);
       simdgroup_matrix<T, 8, 8> a[ROW_FRAGMENTS];
-      UNROLL for (uint i = 0; i < ROW_FRAGMENTS; ++i) simdgroup_load(a[i], xs + (row + 8 * i) * LD + 8 * step, LD);
-      UNROLL for (uint m = 0; m < MATRICES; ++m) {
-        UNROLL for (uint j = 0; j < COLUMN_FRAGMENTS; ++j) {
+      UNROLL
+      for (uint i = 0; i < ROW_FRAGMENTS; ++i)
+        simdgroup_load(a[i], xs + (row + 8 * i) * LD + 8 * step, LD);
+      UNROLL
+      for (uint m = 0; m < MATRICES; ++m) {
+        UNROLL
+        for (uint j = 0; j < COLUMN_FRAGMENTS; ++j) {
           simdgroup_matrix<T, 8, 8> b;
           if (STAGE_WEIGHTS) {
             simdgroup_load(b, ws + (m * TILE_N + column + 8 * j) * LD + 8 * step, LD, ulong2(0, 0), true);
@@ -133,11 +144,13 @@ struct GemmTile {
             const uint n = min(first_column + column + 8 * j, weights.columns - 8);
             simdgroup_load(b, weights.at(m, n, K) + k0 + 8 * step, ulong(weights.column_step) * K, ulong2(0, 0), true);
           }
-          UNROLL for (uint i = 0; i < ROW_FRAGMENTS; ++i) {
+          UNROLL
+          for (uint i = 0; i < ROW_FRAGMENTS; ++i) {
+            const uint f = index(i, m, j);
             if constexpr (FP16)
-              simdgroup_multiply_accumulate(part[i][m][j], a[i], b, part[i][m][j]);
+              simdgroup_multiply_accumulate(part[f], a[i], b, part[f]);
             else
-              simdgroup_multiply_accumulate(sum.fragment[i][m][j], a[i], b, sum.fragment[i][m][j]);
+              simdgroup_multiply_accumulate(sum.fragment[f], a[i], b, sum.fragment[f]);
           }
         }
       }
@@ -146,17 +159,19 @@ struct GemmTile {
     }
   }
 
-  template <typename Parts> static void clear(thread Parts& part) {
-    UNROLL for (uint i = 0; i < ROW_FRAGMENTS; ++i)
-      UNROLL for (uint m = 0; m < MATRICES; ++m)
-        UNROLL for (uint j = 0; j < COLUMN_FRAGMENTS; ++j) part[i][m][j] = make_filled_simdgroup_matrix<Acc, 8, 8>(Acc(0.0f));
+  template <typename Element>
+  static void clear(thread simdgroup_matrix<Element, 8, 8> (&fragments)[SUBTILE_FRAGMENTS]) {
+    UNROLL
+    for (uint f = 0; f < SUBTILE_FRAGMENTS; ++f)
+      fragments[f] = make_filled_simdgroup_matrix<Element, 8, 8>(Element(0.0f));
   }
-  template <typename Parts> static void add(thread Subtile& sum, thread Parts& part) {
-    UNROLL for (uint i = 0; i < ROW_FRAGMENTS; ++i)
-      UNROLL for (uint m = 0; m < MATRICES; ++m)
-        UNROLL for (uint j = 0; j < COLUMN_FRAGMENTS; ++j)
-          UNROLL for (uint e = 0; e < 64 / SIMD_WIDTH; ++e)
-            sum.fragment[i][m][j].thread_elements()[e] += float(part[i][m][j].thread_elements()[e]);
+  static void add(thread Subtile& sum, thread simdgroup_matrix<Acc, 8, 8> (&part)[SUBTILE_FRAGMENTS]) {
+    UNROLL
+    for (uint f = 0; f < SUBTILE_FRAGMENTS; ++f) {
+      UNROLL
+      for (uint e = 0; e < 64 / SIMD_WIDTH; ++e)
+        sum.fragment[f].thread_elements()[e] += float(part[f].thread_elements()[e]);
+    }
   }
 
   /// subtiles = rows x weights over all of K. `memory`: gemm_threadgroup_bytes.
@@ -168,11 +183,9 @@ struct GemmTile {
     const uint thread_index = simdgroup * SIMD_WIDTH + lane;
     const TileWeightRows<T, TILE_N> weight_rows{weights, first_column, K};
 
-    UNROLL for (uint s = 0; s < SUBTILES; ++s)
-      UNROLL for (uint i = 0; i < ROW_FRAGMENTS; ++i)
-        UNROLL for (uint m = 0; m < MATRICES; ++m)
-          UNROLL for (uint j = 0; j < COLUMN_FRAGMENTS; ++j)
-            subtiles[s].fragment[i][m][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    UNROLL
+    for (uint s = 0; s < SUBTILES; ++s)
+      clear(subtiles[s].fragment);
 
     for (uint k0 = 0; k0 < K; k0 += K_TILE) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -194,7 +207,8 @@ struct GemmTile {
 
 /// gate[e] = act(gate[e]) * up[e] over a fragment.
 template <uint KIND>
-inline void activate_fragment(threadgroup float* gate, threadgroup const float* up, float alpha, float limit, uint lane) {
+inline void activate_fragment(threadgroup float* gate, threadgroup const float* up, float alpha, float limit,
+                              uint lane) {
   for (uint e = lane; e < 64; e += SIMD_WIDTH)
     gate[e] = activate<KIND>(gate[e], KIND == ACTIVATION_RELU2 ? 0.0f : up[e], alpha, limit);
 }
@@ -217,7 +231,8 @@ inline void activate_fragment(uint kind, threadgroup float* gate, threadgroup co
 
 /// Stores `rows` x `columns` of a fragment in threadgroup memory as T.
 template <typename T>
-inline void store_fragment(threadgroup const float* from, device T* to, uint stride, uint rows, uint columns, uint lane) {
+inline void store_fragment(threadgroup const float* from, device T* to, uint stride, uint rows, uint columns,
+                           uint lane) {
   constexpr uint COLUMN_LANES = SIMD_WIDTH < 8 ? SIMD_WIDTH : 8;
   for (uint row = lane / COLUMN_LANES; row < rows; row += SIMD_WIDTH / COLUMN_LANES) {
     device T* to_row = to + ulong(row) * stride;

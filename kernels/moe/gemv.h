@@ -16,7 +16,10 @@ constexpr constant uint GEMV_LANE_SIMDGROUPS = simdgroups(GEMV_SIMDGROUPS, SIMD_
 constexpr constant uint GEMV_ROWS = 4;
 /// Weight rows of a block: with GEMV_ROWS rows 16 accumulators a lane. A single row affords the double, which keeps
 /// more loads in flight.
-template <uint MAX_ROWS> constexpr uint gemv_weight_rows() { return MAX_ROWS == 1 ? 8 : 4; }
+template <uint MAX_ROWS>
+constexpr uint gemv_weight_rows() {
+  return MAX_ROWS == 1 ? 8 : 4;
+}
 
 /// sum[r][c] = w.row[r] . (row first + c of `rows`), the same in all lanes.
 template <bool VECTORIZED, typename Acc, uint R, uint C, typename T, typename Source>

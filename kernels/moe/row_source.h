@@ -3,7 +3,8 @@
 #include "../tiles/simd.h"
 
 /// Rows of hidden states, through the sorted assignments of the tile.
-template <typename T> struct GatheredRows {
+template <typename T>
+struct GatheredRows {
   device const T* x;
   device const uint* assignments;
   uint slots;
@@ -13,7 +14,8 @@ template <typename T> struct GatheredRows {
 };
 
 /// Rows that already stand in expert order.
-template <typename T> struct SortedRows {
+template <typename T>
+struct SortedRows {
   device const T* first;
   uint stride;
 

@@ -1,10 +1,10 @@
 // simdgroup_matrix where a simdgroup is one thread: all 64 elements in the processor's vectors.
 //
-// Two representations. `FloatMatrix` keeps elements as fp32 whatever T is (exact for fp16 and bf16; results of type half
-// are rounded after each multiply_accumulate). Where the processor has BF16 dot products, bf16 operands stay as they are
-// in memory: eight rows of eight elements and whether the load was transposed, because rows of A and columns of B are
-// pairs along K in memory already, which is what those instructions take. A matrix loaded transposed from weights W[n, k]
-// is thus never transposed at all.
+// Two representations. `FloatMatrix` keeps elements as fp32 whatever T is (exact for fp16 and bf16; results of type
+// half are rounded after each multiply_accumulate). Where the processor has BF16 dot products, bf16 operands stay as
+// they are in memory: eight rows of eight elements and whether the load was transposed, because rows of A and columns
+// of B are pairs along K in memory already, which is what those instructions take. A matrix loaded transposed from
+// weights W[n, k] is thus never transposed at all.
 #pragma once
 #include "native_vector.h"
 
@@ -104,15 +104,17 @@ METAL_FUNC void multiply_accumulate(Float16 (&c)[4], const Bf16Matrix& a, const 
       const __m512i rows = _mm512_setr_epi32(first, first, first, first, first, first, first, first, //
                                              second, second, second, second, second, second, second, second);
       const __m512i as = _mm512_permutexvar_epi32(rows, a.half_matrix[i / 2]);
-      c[i] = __builtin_bit_cast(Float16, _mm512_dpbf16_ps(__builtin_bit_cast(__m512, c[i]), __builtin_bit_cast(__m512bh, as),
-                                                          __builtin_bit_cast(__m512bh, bs)));
+      c[i] = __builtin_bit_cast(Float16,
+                                _mm512_dpbf16_ps(__builtin_bit_cast(__m512, c[i]), __builtin_bit_cast(__m512bh, as),
+                                                 __builtin_bit_cast(__m512bh, bs)));
     }
   }
 }
 #endif
 
 /// One element of a matrix, to read and write.
-template <typename T> struct MatrixElement {
+template <typename T>
+struct MatrixElement {
   float* value;
 
   METAL_FUNC operator T() const { return T(*value); }
@@ -128,9 +130,11 @@ template <typename T> struct MatrixElement {
 
 namespace metal {
 
-template <typename T, int Rows, int Columns> struct simdgroup_matrix;
+template <typename T, int Rows, int Columns>
+struct simdgroup_matrix;
 
-template <typename T> struct simdgroup_matrix<T, 8, 8> {
+template <typename T>
+struct simdgroup_matrix<T, 8, 8> {
   metal_sim::FloatMatrix values;
 
   struct Elements {
@@ -148,7 +152,8 @@ template <typename T> struct simdgroup_matrix<T, 8, 8> {
 };
 
 #ifdef METAL_SIM_BF16_MATRIX
-template <> struct simdgroup_matrix<bfloat, 8, 8> {
+template <>
+struct simdgroup_matrix<bfloat, 8, 8> {
   metal_sim::Bf16Matrix values;
 
   METAL_FUNC metal_sim::FloatMatrix to_float() const { return values.to_float(); }
@@ -229,7 +234,8 @@ METAL_FUNC void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, cons
     metal_sim::multiply_accumulate(sum.pair, a.to_float(), b.to_float());
   if constexpr (is_same_v<D, half>)
     for (auto& pair : sum.pair)
-      pair = metal_sim::join(metal_sim::round_to_half(metal_sim::low(pair)), metal_sim::round_to_half(metal_sim::high(pair)));
+      pair = metal_sim::join(metal_sim::round_to_half(metal_sim::low(pair)),
+                             metal_sim::round_to_half(metal_sim::high(pair)));
   d.set(sum);
 }
 

@@ -66,8 +66,7 @@ METAL_FUNC Float8 high(Float16 v) { return __builtin_shufflevector(v, v, 8, 9, 1
 
 /// Sum of the elements, always in the same order.
 METAL_FUNC float sum(Float8 v) {
-  const Float4 four =
-      __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const Float4 four = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 METAL_FUNC float sum(Float16 v) { return sum(low(v) + high(v)); }
