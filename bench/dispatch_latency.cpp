@@ -4,7 +4,7 @@
 //   layer/T     a whole layer, H = I = 64, 4 experts, 2 per token: three dispatches at T = 1, five beyond
 //
 // The arithmetic of these is below a microsecond per token; the rest is the price of a command buffer. Each layer is
-// checked against a float64 loop first, and a family other than the one meant is an error.
+// checked against a float64 loop first, and a family other than the one selected for T is an error.
 #include "moe/fused_moe.h"
 
 #include <benchmark/benchmark.h>
@@ -141,11 +141,8 @@ private:
 void layer(benchmark::State& state) {
   Layer layer(state.range(0));
   layer.run();
-  const char* expected = family_name(layer.tokens == 1    ? Family::Decode
-                                     : layer.tokens <= 16 ? Family::Prefill4
-                                     : layer.tokens <= 32 ? Family::Base
-                                                          : Family::LargeBatch,
-                                     true);
+  const Family family = select_family(engine().tuning(), static_cast<uint32_t>(layer.tokens));
+  const char* expected = family_name(family, layer.experts.fp32_accumulation);
   if (std::strcmp(last_dispatch().family, expected) != 0)
     return state.SkipWithError(last_dispatch().family);
   if (!(layer.error() < 1e-5))
