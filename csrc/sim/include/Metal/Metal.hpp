@@ -81,6 +81,7 @@ enum LibraryError : NS::UInteger {
   LibraryErrorFileNotFound = 6,
 };
 
+/// The stand-in runs concurrent dispatches one after another too.
 enum DispatchType : NS::UInteger { DispatchTypeSerial = 0, DispatchTypeConcurrent = 1 };
 
 using BarrierScope = NS::UInteger;
