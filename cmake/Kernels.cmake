@@ -18,11 +18,11 @@ set(_msl "${PROJECT_SOURCE_DIR}/csrc/sim/msl")
 set(_reader "${PROJECT_SOURCE_DIR}/csrc/sim/msl_reader.py")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${_translator}")
 
-# Whether `compiler` makes objects of kernels: _Float16 came to clang for x86-64 in version 15, to g++ in 12.
+# Whether `compiler` makes objects of kernels: `half` came to clang for x86-64 in version 15, to g++ in 12.
 function(_metal_moe_compiles result compiler)
   set(probe "${CMAKE_CURRENT_BINARY_DIR}/kernels/probe.cpp")
-  file(WRITE "${probe}" "#include <stddef.h>\n#include <string.h>\n_Float16 probe(float x) { return _Float16(x); }\n")
-  execute_process(COMMAND "${compiler}" -std=c++20 ${ARGN} -c "${probe}" -o "${probe}.o" RESULT_VARIABLE status OUTPUT_QUIET
+  file(WRITE "${probe}" "#include \"scalar.h\"\n#include <string.h>\nvoid probe(float x, half* to) { *to = half(x); }\n")
+  execute_process(COMMAND "${compiler}" -std=c++20 -DMETAL_SIM_NATIVE=1 -DSIMD_WIDTH=1 -I "${_msl}" ${ARGN} -c "${probe}" -o "${probe}.o" RESULT_VARIABLE status OUTPUT_QUIET
                   ERROR_QUIET)
   if(status EQUAL 0)
     set(${result} TRUE PARENT_SCOPE)
