@@ -70,6 +70,30 @@ def test_surroundings(family, dtype, hidden, intermediate):
         guarded.check()
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "moe_simd"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_surroundings_under_exact(use_engine, family, dtype):
+    """Every access checked against the tensors' own bounds as well."""
+    use_engine("exact")
+    for hidden, intermediate, tokens in [(33, 17, 3), (24, 16, 5), (9, 70, 1)]:
+        layer = make_layer(
+            tokens,
+            hidden,
+            intermediate,
+            4,
+            2,
+            DTYPES[dtype],
+            bias=True,
+            shared=1,
+            shared_weights=True,
+            routing="dropped",
+        )
+        expected = layer.reference()
+        guarded = guard_layer(layer)
+        assert_close(layer.run(kernel=family), expected, f"{layer} {family}")
+        guarded.check()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_surroundings_of_aligned_rows(dtype):
     """`moe_simd` reads 16 bytes at a time: rows aligned, poison directly behind the last of them."""
