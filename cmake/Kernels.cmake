@@ -33,7 +33,8 @@ endfunction()
 
 if(NOT METAL_MOE_KERNEL_COMPILER)
   set(_compiler "${CMAKE_CXX_COMPILER}")
-  if(METAL_MOE_CLANG)
+  # Another target needs flags that only the C++ compiler of the build is known to have.
+  if(METAL_MOE_CLANG AND NOT CMAKE_CROSSCOMPILING)
     _metal_moe_compiles(_works "${METAL_MOE_CLANG}")
     if(_works)
       set(_compiler "${METAL_MOE_CLANG}")

@@ -11,8 +11,6 @@
 namespace metal_sim::testing {
 namespace {
 
-using Half = _Float16;
-
 struct Bfloat {
   uint16_t bits;
   Bfloat() = default;

@@ -13,6 +13,13 @@
 
 namespace metal_sim::testing {
 
+// g++ 12 for arm64 has _Float16 in C only.
+#if defined(__aarch64__) && !defined(__clang__) && __GNUC__ < 13
+using Half = __fp16;
+#else
+using Half = _Float16;
+#endif
+
 /// An engine, and for `native` a processor level.
 struct Target {
   std::string engine, level;

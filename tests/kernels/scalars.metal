@@ -77,7 +77,8 @@ kernel void arithmetic(device float* out [[buffer(0)]]) {
   const bfloat b = 0.1f;
   out[n++] = h;
   out[n++] = b;
-  out[n++] = h * h;        // rounded to half
+  const half square = h * h;
+  out[n++] = square;
   out[n++] = b * b;        // rounded to bfloat
   out[n++] = b * 0.1f;     // a float
   out[n++] = 2 * b - b / 4;
