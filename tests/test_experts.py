@@ -203,6 +203,21 @@ def test_tokens_without_experts_are_exactly_zero(tokens):
     assert torch.count_nonzero(out) == 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_beyond_32_bit_offsets(family):
+    """More than 2^31 weights: only the experts in use are ever touched, here and in the kernels."""
+    experts, hidden, intermediate = 1024, 2104, 512
+    used = [0, 511, 1022, 1023]
+    small = make_layer(6, hidden, intermediate, len(used), 2, torch.bfloat16)
+    w1 = torch.empty(experts, 2 * intermediate, hidden, dtype=torch.bfloat16)
+    w2 = torch.empty(experts, hidden, intermediate, dtype=torch.bfloat16)
+    assert w1.numel() > 2**31
+    w1[used], w2[used] = small.w1, small.w2
+    ids = torch.tensor(used)[small.topk_ids.long()]
+    out = metal_moe.fused_experts(small.hidden_states, w1, w2, small.topk_weights, ids, kernel=family)
+    assert_close(out, small.reference(), family)
+
+
 ROUTERS = {
     "softmax": {"scoring": "softmax"},
     "softmax_plain": {"scoring": "softmax", "renormalize": False},

@@ -48,3 +48,13 @@ def test_strided_ids_and_offset_weights():
 
 def test_experts_larger_than_one_block():
     check_gather(torch.randn(3, 260, 131), torch.tensor([2, 0, 2, -1], dtype=torch.int32))
+
+
+def test_weights_beyond_32_bit_offsets():
+    """More than 4 GiB of weights, of which two experts are ever touched."""
+    weights = torch.empty(1030, 2048, 1024, dtype=torch.bfloat16)
+    assert weights.nbytes > 2**32
+    weights[1029] = torch.randn(2048, 1024)
+    weights[1] = 7
+    out = metal_moe.gather_experts(weights, torch.tensor([1029, 1]))
+    assert torch.equal(out[0], weights[1029]) and (out[1] == 7).all()
