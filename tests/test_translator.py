@@ -111,11 +111,29 @@ def test_literals_and_swizzles():
 
 
 @pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("2.5", "2.5f"),
+        ("1e3", "1e3f"),
+        (".5", ".5f"),
+        ("2.", "2.f"),
+        ("3", "3"),
+        ("0x1E", "0x1E"),
+        ("2.5f", "2.5f"),
+        ("7u", "7u"),
+    ],
+)
+def test_literals_without_suffix_are_float(written, meant):
+    assert read(f"float x = {written};").body.strip() == f"float x = {meant};"
+
+
+@pytest.mark.parametrize(
     ("pragma", "engine", "gcc", "expected"),
     [
         ("unroll", "native", True, "#pragma GCC unroll 16"),
         ("unroll", "native", False, "#pragma unroll"),
         ("unroll", "exact", True, ""),
+        ("unroll(4)", "native", True, "#pragma GCC unroll 4"),
         ("clang loop unroll(full)", "native", True, "#pragma GCC unroll 16"),
         ("clang loop vectorize(enable)", "native", True, ""),
         ("clang loop vectorize(enable)", "native", False, "#pragma clang loop vectorize(enable)"),

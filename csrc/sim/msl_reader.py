@@ -50,11 +50,12 @@ TOKEN = re.compile(
       | (?P<symbol>::|->|\S)""",
     re.VERBOSE | re.MULTILINE | re.DOTALL,
 )
-FLOAT_SUFFIX = re.compile(r"^(?P<digits>(?:\d[\d']*\.?[\d']*|\.\d[\d']*)(?:[eE][+-]?\d+)?)(?P<suffix>h|H|bf|BF)$")
+FLOAT_LITERAL = re.compile(r"^(?P<digits>(?:\d[\d']*\.?[\d']*|\.\d[\d']*)(?:[eE][+-]?\d+)?)(?P<suffix>h|H|bf|BF|)$")
 SWIZZLE = re.compile(r"^[xyzw]{2,4}$")
 PRAGMA = re.compile(r"^\s*#\s*pragma\s+(?P<text>.*\S)\s*$")
-UNROLL = re.compile(r"^(?:unroll|nounroll|clang\s+loop\s+unroll|GCC\s+unroll)\b")
+UNROLL = re.compile(r"^(?:unroll|nounroll|clang\s+loop\s+unroll|GCC\s+unroll)")
 FULL_UNROLL = re.compile(r"^(?:unroll|clang\s+loop\s+unroll\(full\))$")
+COUNTED_UNROLL = re.compile(r"^(?:unroll|clang\s+loop\s+unroll_count)\s*\(?\s*(?P<count>\d+)\s*\)?$")
 
 
 class TranslationError(Exception):
@@ -143,9 +144,24 @@ def directive(text: str, target: Target) -> str:
         return ""
     if target.gcc and FULL_UNROLL.match(pragma):
         return f"#pragma GCC unroll {GCC_FULL_UNROLL}"
+    if target.gcc and (counted := COUNTED_UNROLL.match(pragma)):
+        return f"#pragma GCC unroll {counted['count']}"
     if target.gcc and pragma.startswith(("clang", "unroll", "nounroll")):
         return ""
     return text
+
+
+def literal(text: str) -> str:
+    """A number in C++: MSL has suffixes for half and bfloat, and no double, so that one without suffix is a float."""
+    match = FLOAT_LITERAL.match(text)
+    if not match:
+        return text
+    digits, suffix = match["digits"], match["suffix"].lower()
+    if not re.search(r"[.eE]", digits):
+        if not suffix:
+            return text
+        digits += ".0"
+    return {"h": f"half({digits}f)", "bf": f"bfloat({digits}f)", "": f"{digits}f"}[suffix]
 
 
 def tokenize(text: str, default_file: str, target: Target) -> tuple[list[Token], list[str]]:
@@ -170,10 +186,7 @@ def tokenize(text: str, default_file: str, target: Target) -> tuple[list[Token],
             tokens.append(Token("directive", directive(piece, target), file, line))
             continue
         if kind == "number":
-            literal = FLOAT_SUFFIX.match(piece)
-            if literal:
-                digits = literal["digits"] if re.search(r"[.eE]", literal["digits"]) else literal["digits"] + ".0"
-                piece = f"{'half' if literal['suffix'] in 'hH' else 'bfloat'}({digits}f)"
+            piece = literal(piece)
         elif kind == "name" and SWIZZLE.match(piece) and tokens and tokens[-1].text in (".", "->"):
             places = ", ".join(str("xyzw".index(letter)) for letter in piece)
             piece = f"template swizzle<{places}>()"

@@ -12,9 +12,10 @@ struct MatrixArgs {
 };
 
 template <typename T, typename Acc>
-[[kernel]] void matrix(device const T* a [[buffer(0)]], device const T* b [[buffer(1)]], device const Acc* c [[buffer(2)]],
-                       device Acc* d [[buffer(3)]], constant MatrixArgs& args [[buffer(4)]],
-                       threadgroup T* shared [[threadgroup(0)]], uint lane [[thread_index_in_simdgroup]]) {
+[[kernel]] void matrix(device const T* a [[buffer(0)]], device const T* b [[buffer(1)]],
+                       device const Acc* c [[buffer(2)]], device Acc* d [[buffer(3)]],
+                       constant MatrixArgs& args [[buffer(4)]], threadgroup T* shared [[threadgroup(0)]],
+                       uint lane [[thread_index_in_simdgroup]]) {
   const ulong2 origin = ulong2(args.origin_column, args.origin_row);
   simdgroup_matrix<T, 8, 8> ma, mb;
   simdgroup_matrix<Acc, 8, 8> mc;

@@ -4,11 +4,12 @@ using namespace metal;
 
 /// Every attribute, by thread: 24 words each.
 kernel void attributes(device uint* out [[buffer(2)]], uint3 in_grid [[thread_position_in_grid]],
-                       uint3 group [[threadgroup_position_in_grid]], ushort3 in_group [[thread_position_in_threadgroup]],
-                       uint index [[thread_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]],
-                       uint simdgroup [[simdgroup_index_in_threadgroup]], uint3 group_size [[threads_per_threadgroup]],
-                       uint2 groups [[threadgroups_per_grid]], uint width [[threads_per_simdgroup]],
-                       uint simdgroups [[simdgroups_per_threadgroup]], uint3 size [[threads_per_grid]]) {
+                       uint3 group [[threadgroup_position_in_grid]],
+                       ushort3 in_group [[thread_position_in_threadgroup]], uint index [[thread_index_in_threadgroup]],
+                       ushort lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                       uint3 group_size [[threads_per_threadgroup]], uint2 groups [[threadgroups_per_grid]],
+                       uint width [[threads_per_simdgroup]], uint simdgroups [[simdgroups_per_threadgroup]],
+                       uint3 size [[threads_per_grid]]) {
   device uint* to = out + 24 * (in_grid.x + size.x * (in_grid.y + size.y * in_grid.z));
   uint n = 0;
   to[n++] = in_grid.x;
@@ -39,11 +40,12 @@ struct Scale {
 };
 
 /// Reverses each block of a threadgroup through threadgroup memory, and counts elements by a threadgroup atomic.
-[[kernel, max_total_threads_per_threadgroup(256)]] void reverse_blocks(
-    device const float* in [[buffer(0)]], device float* out [[buffer(1)]], constant Scale& scale [[buffer(2)]],
-    constant float* offsets [[buffer(3)]], device atomic_uint* total [[buffer(4)]], threadgroup float* block [[threadgroup(0)]],
-    threadgroup atomic_uint* counter [[threadgroup(1)]], uint group [[threadgroup_position_in_grid]],
-    uint i [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(256)]] void
+reverse_blocks(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+               constant Scale& scale [[buffer(2)]], constant float* offsets [[buffer(3)]],
+               device atomic_uint* total [[buffer(4)]], threadgroup float* block [[threadgroup(0)]],
+               threadgroup atomic_uint* counter [[threadgroup(1)]], uint group [[threadgroup_position_in_grid]],
+               uint i [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
   if (i == 0)
     atomic_store_explicit(counter, 0u, memory_order_relaxed);
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -87,7 +89,8 @@ inline uint sum_unrolled(thread const uint (&values)[N]) {
 }
 
 /// Reads one element beyond `in` where `index` says so: the exact engine must notice.
-kernel void read_at(device const uint* in [[buffer(0)]], device uint* out [[buffer(1)]], constant uint& index [[buffer(2)]]) {
+kernel void read_at(device const uint* in [[buffer(0)]], device uint* out [[buffer(1)]],
+                    constant uint& index [[buffer(2)]]) {
   out[0] = in[index];
 }
 

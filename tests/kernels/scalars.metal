@@ -3,7 +3,8 @@
 using namespace metal;
 
 template <typename T>
-[[kernel]] void math(device const T* in [[buffer(0)]], device float* out [[buffer(1)]], constant uint& count [[buffer(2)]]) {
+[[kernel]] void math(device const T* in [[buffer(0)]], device float* out [[buffer(1)]],
+                     constant uint& count [[buffer(2)]]) {
   for (uint i = 0; i < count; ++i) {
     const T x = in[i];
     device float* to = out + 20 * i;
@@ -63,7 +64,8 @@ template <typename T, uint N>
 }
 
 #define ARRAYS(name, T)                                                                                                \
-  template [[host_name("array_conversions_" #name)]] [[kernel]] decltype(array_conversions<T, 61>) array_conversions<T, 61>;
+  template [[host_name(                                                                                                \
+      "array_conversions_" #name)]] [[kernel]] decltype(array_conversions<T, 61>) array_conversions<T, 61>;
 ARRAYS(fp32, float)
 ARRAYS(fp16, half)
 ARRAYS(bf16, bfloat)
@@ -79,8 +81,8 @@ kernel void arithmetic(device float* out [[buffer(0)]]) {
   out[n++] = b;
   const half square = h * h;
   out[n++] = square;
-  out[n++] = b * b;        // rounded to bfloat
-  out[n++] = b * 0.1f;     // a float
+  out[n++] = b * b;    // rounded to bfloat
+  out[n++] = b * 0.1f; // a float
   out[n++] = 2 * b - b / 4;
   out[n++] = -b;
   bfloat sum = 0.0f;

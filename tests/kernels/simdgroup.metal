@@ -1,6 +1,6 @@
 // Simdgroup functions: each lane writes what it got, one row of SIMD_WIDTH values per function.
-#include <metal_stdlib>
 #include <metal_simdgroup>
+#include <metal_stdlib>
 using namespace metal;
 
 template <typename T>
@@ -26,15 +26,16 @@ template <typename T>
 }
 
 #define FUNCTIONS(name, T)                                                                                             \
-  template [[host_name("simdgroup_functions_" #name)]] [[kernel]] decltype(simdgroup_functions<T>) simdgroup_functions<T>;
+  template                                                                                                             \
+      [[host_name("simdgroup_functions_" #name)]] [[kernel]] decltype(simdgroup_functions<T>) simdgroup_functions<T>;
 FUNCTIONS(fp32, float)
 FUNCTIONS(fp16, half)
 FUNCTIONS(bf16, bfloat)
 FUNCTIONS(int32, int)
 
 /// Votes, on lanes that have at least one set bit of `in`. Threads beyond the first `live` leave before.
-kernel void votes(device const uint* in [[buffer(0)]], device ulong* out [[buffer(1)]], constant uint& live [[buffer(2)]],
-                  uint lane [[thread_index_in_simdgroup]]) {
+kernel void votes(device const uint* in [[buffer(0)]], device ulong* out [[buffer(1)]],
+                  constant uint& live [[buffer(2)]], uint lane [[thread_index_in_simdgroup]]) {
   if (lane >= live)
     return;
   const bool set = in[lane] != 0;

@@ -37,23 +37,23 @@ namespace metal {
 // Mathematical functions: computed in float, rounded to the argument's type.
 #define METAL_SIM_MATH_1(NAME, EXPRESSION)                                                                             \
   template <metal_sim::FloatScalar T>                                                                                  \
-  METAL_FUNC metal_sim::Result<T> NAME(T value) {                                                                      \
+  METAL_FUNC T NAME(T value) {                                                                                         \
     const float x = float(value);                                                                                      \
-    return metal_sim::Result<T>(EXPRESSION);                                                                           \
+    return T(EXPRESSION);                                                                                              \
   }                                                                                                                    \
   METAL_SIM_ELEMENTWISE_1(NAME)
 #define METAL_SIM_MATH_2(NAME, EXPRESSION)                                                                             \
   template <metal_sim::FloatScalar T>                                                                                  \
-  METAL_FUNC metal_sim::Result<T> NAME(T first, metal_sim::Same<T> second) {                                           \
+  METAL_FUNC T NAME(T first, metal_sim::Same<T> second) {                                                              \
     const float x = float(first), y = float(second);                                                                   \
-    return metal_sim::Result<T>(EXPRESSION);                                                                           \
+    return T(EXPRESSION);                                                                                              \
   }                                                                                                                    \
   METAL_SIM_ELEMENTWISE_2(NAME)
 #define METAL_SIM_MATH_3(NAME, EXPRESSION)                                                                             \
   template <metal_sim::FloatScalar T>                                                                                  \
-  METAL_FUNC metal_sim::Result<T> NAME(T first, metal_sim::Same<T> second, metal_sim::Same<T> third) {                 \
+  METAL_FUNC T NAME(T first, metal_sim::Same<T> second, metal_sim::Same<T> third) {                                    \
     const float x = float(first), y = float(second), z = float(third);                                                 \
-    return metal_sim::Result<T>(EXPRESSION);                                                                           \
+    return T(EXPRESSION);                                                                                              \
   }                                                                                                                    \
   METAL_SIM_ELEMENTWISE_3(NAME)
 

@@ -136,9 +136,8 @@ inline constexpr bool is_arithmetic_v = is_floating_point_v<T> || is_integral_v<
 
 namespace metal_sim {
 
-/// Types that the mathematical functions take. `double` is none of MSL's: a literal without suffix is a float there.
 template <typename T>
-concept FloatScalar = metal::is_floating_point_v<T> || metal::is_same_v<T, double>;
+concept FloatScalar = metal::is_floating_point_v<T>;
 template <typename T>
 concept IntegerScalar = metal::is_integral_v<T>;
 template <typename T>
@@ -147,9 +146,6 @@ concept Scalar = FloatScalar<T> || IntegerScalar<T>;
 /// Result of arithmetic between bfloat and another type.
 template <typename T>
 using WithBfloat = metal::conditional_t<metal::is_integral_v<T>, bfloat, float>;
-/// Result of a mathematical function.
-template <typename T>
-using Result = metal::conditional_t<metal::is_same_v<T, double>, float, T>;
 
 } // namespace metal_sim
 
