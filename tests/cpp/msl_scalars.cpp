@@ -9,12 +9,6 @@
 namespace metal_sim::testing {
 namespace {
 
-#if defined(__aarch64__) && !defined(__clang__) && __GNUC__ < 13
-using Half = __fp16; // this compiler has no _Float16 in C++
-#else
-using Half = _Float16;
-#endif
-
 /// Round to nearest even by arithmetic on doubles: 8 significant bits, subnormals at 2^-133.
 float round_to_bfloat(float x) {
   if (std::isnan(x) || std::isinf(x) || x == 0)
