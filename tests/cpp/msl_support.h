@@ -13,12 +13,6 @@
 
 namespace metal_sim::testing {
 
-#if defined(__aarch64__) && !defined(__clang__) && __GNUC__ < 13
-using Half = __fp16; // this compiler has no _Float16 in C++
-#else
-using Half = _Float16;
-#endif
-
 // g++ 12 for arm64 has _Float16 in C only.
 #if defined(__aarch64__) && !defined(__clang__) && __GNUC__ < 13
 using Half = __fp16;
