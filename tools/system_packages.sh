@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Finds the pieces that Python's package index does not carry: a C++ compiler, Python's headers, clang (optional: faster
-# kernels), GoogleTest and Google Benchmark. As root on a machine with apt, what is missing is installed; otherwise the
-# two libraries are unpacked below the build directory, which needs no rights, and the rest is named.
+# Finds the pieces that Python's package index does not carry: a C++ compiler, Python's headers, clang (optional: compiles
+# the kernels and checks their types), GoogleTest and Google Benchmark. As root on a machine with apt, what is missing is
+# installed; otherwise the two libraries are unpacked below the build directory, which needs no rights, and the rest is
+# named.
 #
 #   tools/system_packages.sh <python> <directory>
 #
-# Writes <directory>/system.env: TESTS and BENCH (ON or OFF) and PREFIX (where unpacked packages lie, or empty).
+# Writes <directory>/system.env: TESTS and BENCH (ON or OFF), TYPING (ON or OFF: clang is new enough for the check of
+# Metal's types) and PREFIX (where unpacked packages lie, or empty).
 set -euo pipefail
 python=$1
 directory=$2
@@ -17,7 +19,14 @@ say() { printf '%s\n' "$*" >&2; }
 have_compiler() { [ -n "${CXX:-}" ] || command -v g++ > /dev/null || command -v clang++ > /dev/null; }
 have_headers() { "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; }
 have_venv() { "$python" -c 'import ensurepip, venv' 2> /dev/null; }
-have_clang() { compgen -c clang | grep -Eq '^clang\+\+(-[0-9]+)?$|^clang(-[0-9]+)?$'; }
+newest_clang() { # major version, 0 where there is none
+  local name version newest=0
+  for name in clang++ clang++-{15..24}; do
+    version=$("$name" -dumpversion 2> /dev/null) || continue
+    [ "${version%%.*}" -gt $newest ] && newest=${version%%.*}
+  done
+  echo $newest
+}
 have_cmake_package() { # <name>Config.cmake, where CMake looks
   local place
   for place in {/usr,/usr/local,"$unpacked/usr"}/{lib,lib64,lib/*,share}/cmake/"$1"; do
@@ -33,23 +42,17 @@ have_headers || wanted+=(python3-dev)
 have_venv || wanted+=(python3-venv)
 have_cmake_package GTest || wanted+=(libgtest-dev)
 have_cmake_package benchmark || wanted+=(libbenchmark-dev)
-clang=""
-# An explicit choice of kernel compiler needs no other.
-if [ -z "${METAL_MOE_KERNEL_COMPILER:-}" ] && ! have_clang; then
-  clang=wanted
-fi
-
-if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null && { [ ${#wanted[@]} -gt 0 ] || [ -n "$clang" ]; }; then
+if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null && { [ ${#wanted[@]} -gt 0 ] || [ "$(newest_clang)" -lt 17 ]; }; then
   export DEBIAN_FRONTEND=noninteractive
   say "system packages: updating apt's lists"
   apt-get update -qq > /dev/null 2>&1 || say "system packages: apt-get update failed; going on with the lists there are"
-  if [ -n "$clang" ]; then
-    # The newest that the distribution carries: newer ones know more of the processor's instructions.
-    for version in 22 21 20 19 18 17 16 15 14; do
+  if [ "$(newest_clang)" -lt 17 ]; then
+    # The version that tests are run with, then newer ones, then older ones.
+    for version in 19 20 21 22 18 17 16 15; do
       if apt-cache show "clang-$version" > /dev/null 2>&1; then
         say "system packages: installing clang-$version"
         apt-get install -qq -y --no-install-recommends "clang-$version" > /dev/null 2>&1 ||
-          say "system packages: clang-$version could not be installed; kernels are built with g++"
+          say "system packages: clang-$version could not be installed"
         break
       fi
     done
@@ -87,7 +90,9 @@ have_cmake_package GTest && tests=ON || tests=OFF
 have_cmake_package benchmark && bench=ON || bench=OFF
 [ $tests = ON ] || say "system packages: GoogleTest (Debian and Ubuntu: libgtest-dev) is missing: the C++ tests cannot be built"
 [ $bench = ON ] || say "system packages: Google Benchmark (libbenchmark-dev) is missing: the C++ benchmarks cannot be built"
-[ -n "${METAL_MOE_KERNEL_COMPILER:-}" ] || have_clang ||
-  say "system packages: clang (Debian and Ubuntu: clang-19) is missing: kernels are built with g++"
+clang=$(newest_clang)
+[ "$clang" -ge 17 ] && typing=ON || typing=OFF
+[ "$clang" -ge 15 ] || say "system packages: clang (Debian and Ubuntu: clang-19) is missing: kernels are built with g++"
+[ $typing = ON ] || say "system packages: no clang of version 17 or later: the kernels' types cannot be checked"
 [ -d "$unpacked/usr" ] && prefix=$unpacked/usr || prefix=
-printf 'TESTS=%s\nBENCH=%s\nPREFIX=%s\n' "$tests" "$bench" "'$prefix'" > "$directory/system.env"
+printf 'TESTS=%s\nBENCH=%s\nTYPING=%s\nPREFIX=%s\n' "$tests" "$bench" "$typing" "'$prefix'" > "$directory/system.env"
