@@ -24,7 +24,7 @@ BUILD := build/dev
 SYSTEM := build/system.env
 TOOLS := $(VENV)/.tools
 INSTALLED := $(VENV)/.installed
-PIP := $(BIN)/pip --disable-pip-version-check --quiet
+PIP := $(BIN)/pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml constraints.txt README.md LICENSE \
   $(shell find kernels csrc cmake python -type f -not -name '*.pyc')
 
@@ -81,13 +81,14 @@ $(SYSTEM): tools/system_packages.sh
 $(TOOLS): $(SYSTEM) constraints.txt
 	@echo "make: setting up $(VENV)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install -c constraints.txt 'scikit-build-core>=0.11' 'pybind11>=2.13.6' 'cmake>=3.24' ninja
+	@$(PIP) install --quiet -c constraints.txt 'scikit-build-core>=0.11' 'pybind11>=2.13.6' 'cmake>=3.24' ninja
 	@touch $@
 
-# The package as a user gets it, with all it depends on; CMake's files stay in $(BUILD) and serve the C++ tests too.
+# The package as a user gets it, with all it depends on. The first time pip shows what it downloads. CMake's files stay in $(BUILD) and serve the C++ tests too.
 $(INSTALLED): $(TOOLS) $(SOURCES)
 	@echo "make: building and installing metal_moe (minutes the first time, seconds after that)"
-	@. $(SYSTEM); CMAKE_PREFIX_PATH="$$PREFIX" $(PIP) install --no-build-isolation -c constraints.txt \
+	@. $(SYSTEM); [ -x $(BIN)/metal-moe ] && quiet=--quiet || quiet=; \
+	  CMAKE_PREFIX_PATH="$$PREFIX" $(PIP) install $$quiet --no-build-isolation -c constraints.txt \
 	  --config-settings=build-dir=$(BUILD) \
 	  --config-settings=cmake.define.METAL_MOE_BUILD_TESTS=$$TESTS \
 	  --config-settings=cmake.define.METAL_MOE_BUILD_BENCH=$$BENCH \
