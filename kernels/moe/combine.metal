@@ -38,7 +38,9 @@ inline void add_rows(thread float (&sum)[COLUMNS], device const float* const thr
                      thread const float (&weight)[N], uint count, uint columns) {
   for (uint c = 0; c < count; ++c)
     if (SIMD_WIDTH == 1 || c * THREADS < columns)
-      UNROLL for (uint i = 0; i < N; ++i) sum[c] += weight[i] * row[i][c * THREADS];
+      UNROLL
+  for (uint i = 0; i < N; ++i)
+    sum[c] += weight[i] * row[i][c * THREADS];
 }
 
 template <typename T>
@@ -65,7 +67,8 @@ void combine(device const float* rows [[buffer(0)]], device const uint* inverse 
       device const float* row[SLOTS_AT_A_TIME];
       float weight[SLOTS_AT_A_TIME];
       bool all = true;
-      UNROLL for (uint i = 0; i < SLOTS_AT_A_TIME; ++i) {
+      UNROLL
+      for (uint i = 0; i < SLOTS_AT_A_TIME; ++i) {
         const uint place = slot + i < slots ? places[slot + i] : GROUP_NONE;
         all = all && place != GROUP_NONE;
         row[i] = place != GROUP_NONE ? rows + ulong(place) * args.hidden + first : nullptr;
@@ -74,7 +77,8 @@ void combine(device const float* rows [[buffer(0)]], device const uint* inverse 
       if (all) {
         add_rows<SLOTS_AT_A_TIME>(sum, row, weight, count, columns);
       } else {
-        UNROLL for (uint i = 0; i < SLOTS_AT_A_TIME; ++i) {
+        UNROLL
+        for (uint i = 0; i < SLOTS_AT_A_TIME; ++i) {
           device const float* const one_row[1] = {row[i]};
           const float one_weight[1] = {weight[i]};
           if (row[i])

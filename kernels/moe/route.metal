@@ -31,8 +31,11 @@ constexpr constant uint THREADS = LANE_SIMDGROUPS * SIMD_WIDTH;
 #define FOR_LANE_EXPERTS(i) for (uint i = 0; i < args.experts; ++i)
 #else
 #define FOR_LANE_EXPERTS(i)                                                                                            \
-  UNROLL for (uint i = 0; i < EXPERTS_PER_LANE; ++i) if (i * SIMD_WIDTH >= args.experts) break;                        \
-  else
+  UNROLL                                                                                                               \
+  for (uint i = 0; i < EXPERTS_PER_LANE; ++i)                                                                          \
+    if (i * SIMD_WIDTH >= args.experts)                                                                                \
+      break;                                                                                                           \
+    else
 #endif
 
 constexpr constant uint SIGN_BIT = 0x80000000u;
