@@ -37,10 +37,11 @@ template <uint N>
 inline void add_rows(thread float (&sum)[COLUMNS], device const float* const thread (&row)[N],
                      thread const float (&weight)[N], uint count, uint columns) {
   for (uint c = 0; c < count; ++c)
-    if (SIMD_WIDTH == 1 || c * THREADS < columns)
+    if (SIMD_WIDTH == 1 || c * THREADS < columns) {
       UNROLL
-  for (uint i = 0; i < N; ++i)
-    sum[c] += weight[i] * row[i][c * THREADS];
+      for (uint i = 0; i < N; ++i)
+        sum[c] += weight[i] * row[i][c * THREADS];
+    }
 }
 
 template <typename T>
