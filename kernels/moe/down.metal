@@ -17,6 +17,7 @@
 template <uint R, typename T>
 inline Rows<T, R> down_rows(device const T* w2, uint column, uint hidden, uint K) {
   Rows<T, R> w;
+  w.next = ulong(R) * K;
   for (uint i = 0; i < R; ++i)
     w.row[i] = w2 + ulong(min(column + i, hidden - 1)) * K;
   return w;

@@ -35,6 +35,7 @@ struct GateUpBlock {
 
   Rows<T, R> weights(device const T* w1) thread const {
     Rows<T, R> w;
+    w.next = ulong(N) * (args.interleaved ? 2 : 1) * args.hidden;
     for (uint i = 0; i < N; ++i) {
       const uint n = min(column + i, intermediate - 1); // past the edge: the last column again, not stored
       w.row[i] = w1 + ulong(GATED ? gate_row(n, args.interleaved) : n) * args.hidden;

@@ -9,7 +9,7 @@
 // One thread has the whole row, and the engine the loop over the processor's vectors.
 template <bool VECTORIZED, typename Acc, uint R, uint C, typename T>
 inline void dot_rows(thread const Rows<T, R>& w, thread const Rows<T, C>& x, uint K, uint, thread float (&sum)[R][C]) {
-  metal_sim::dot_rows<sizeof(Acc) == 2>(w.row, x.row, K, sum);
+  metal_sim::dot_rows<sizeof(Acc) == 2>(w.row, w.next, x.row, K, sum);
 }
 #else
 

@@ -6,6 +6,9 @@
 template <typename T, uint N>
 struct Rows {
   device const T* row[N];
+  /// Elements from a row to the one that takes its place when the next N are read: an engine may ask memory for it
+  /// early.
+  ulong next = 0;
 };
 
 /// 16 bytes of elements: one load or store.

@@ -28,9 +28,13 @@ constexpr uint DOT_LANES = sizeof(DotVector) / sizeof(float);
 /// Vectors of products whose sum is kept in fp16 before it is added in fp32, where accumulation is in fp16.
 constexpr uint FP16_VECTORS = 4;
 
-/// acc[r][c] += w[r] . x[c] over k0..K, lane by lane; returns where it stopped.
+/// acc[r][c] += w[r] . x[c] over whole vectors of K, lane by lane; returns where it stopped. Meanwhile asks memory for
+/// the rows `next` elements further on, which the caller reads next: the processor's own prefetching ends with each
+/// row's page (bench/moe_layer.py: 1.15 to 1.3 times as fast from 4 to 128 tokens). Beyond the last row it asks for
+/// nothing that is read, which does no harm: a prefetch cannot fault.
 template <bool FP16, uint R, uint C, typename T>
-METAL_FUNC uint dot_whole_vectors(const T* const (&w)[R], const T* const (&x)[C], uint K, DotVector (&acc)[R][C]) {
+METAL_FUNC uint dot_whole_vectors(const T* const (&w)[R], ulong next, const T* const (&x)[C], uint K,
+                                  DotVector (&acc)[R][C]) {
   uint k = 0;
 #if defined(__AVX512BF16__)
   if constexpr (metal::is_same_v<T, bfloat>) {
@@ -40,6 +44,7 @@ METAL_FUNC uint dot_whole_vectors(const T* const (&w)[R], const T* const (&x)[C]
         xs[c] = __builtin_bit_cast(__m512bh, _mm512_loadu_si512(x[c] + k));
       for (uint r = 0; r < R; ++r) {
         const __m512bh ws = __builtin_bit_cast(__m512bh, _mm512_loadu_si512(w[r] + k));
+        __builtin_prefetch(w[r] + next + k);
         for (uint c = 0; c < C; ++c)
           acc[r][c] = __builtin_bit_cast(Float16, _mm512_dpbf16_ps(__builtin_bit_cast(__m512, acc[r][c]), ws, xs[c]));
       }
@@ -65,6 +70,7 @@ METAL_FUNC uint dot_whole_vectors(const T* const (&w)[R], const T* const (&x)[C]
       xs[c] = dot_load(x[c] + k);
     for (uint r = 0; r < R; ++r) {
       const DotVector ws = dot_load(w[r] + k);
+      __builtin_prefetch(w[r] + next + k);
       for (uint c = 0; c < C; ++c)
         acc[r][c] += ws * xs[c];
     }
@@ -74,9 +80,9 @@ METAL_FUNC uint dot_whole_vectors(const T* const (&w)[R], const T* const (&x)[C]
 
 /// sum[r][c] = w[r] . x[c] over K elements.
 template <bool FP16, uint R, uint C, typename T>
-METAL_FUNC void dot_rows(const T* const (&w)[R], const T* const (&x)[C], uint K, float (&total)[R][C]) {
+METAL_FUNC void dot_rows(const T* const (&w)[R], ulong next, const T* const (&x)[C], uint K, float (&total)[R][C]) {
   DotVector acc[R][C] = {};
-  const uint whole = dot_whole_vectors<FP16>(w, x, K, acc);
+  const uint whole = dot_whole_vectors<FP16>(w, next, x, K, acc);
   for (uint r = 0; r < R; ++r)
     for (uint c = 0; c < C; ++c) {
       float rest = 0.0f;
