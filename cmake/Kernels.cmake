@@ -4,6 +4,8 @@
 # object named after its engine and level. Clang compiles the kernels where it is installed (its vectoriser knows fp16),
 # whatever compiles the rest.
 #
+# For the cuda engine the metallib holds the translated sources.
+#
 #   METAL_MOE_KERNEL_COMPILER  compiler of the kernels
 #   METAL_MOE_CPU_LEVELS       processor levels of the native engine
 #
@@ -173,3 +175,24 @@ foreach(_level IN LISTS METAL_MOE_COMPILED_LEVELS ITEMS exact)
                            "${METAL_MOE_METALLIB}")
   add_dependencies(metal_moe_kernels ${_target})
 endforeach()
+
+# The cuda engine compiles translated sources where it runs: they lie in the metallib as text.
+file(GLOB _headers CONFIGURE_DEPENDS "${_msl}/*")
+set(_texts "")
+foreach(_source IN LISTS _sources)
+  cmake_path(GET _source STEM _name)
+  set(_text "${METAL_MOE_METALLIB}/cuda/${_name}.cu")
+  add_custom_command(
+    OUTPUT "${_text}"
+    COMMAND "${Python_EXECUTABLE}" "${_translator}" --engine cuda --compiler "${METAL_MOE_KERNEL_COMPILER}" -I
+            "${PROJECT_SOURCE_DIR}/kernels" --depfile "${CMAKE_CURRENT_BINARY_DIR}/kernels/${_name}.cu.d" "${_source}" -o "${_text}"
+    DEPENDS "${_source}" "${_translator}" "${_reader}" "${PROJECT_SOURCE_DIR}/csrc/sim/cuda_source.py" ${_headers}
+            "${PROJECT_SOURCE_DIR}/csrc/sim/kernel_library.h"
+    DEPFILE "${CMAKE_CURRENT_BINARY_DIR}/kernels/${_name}.cu.d"
+    COMMENT "Translating ${_name}.metal for cuda"
+    VERBATIM)
+  list(APPEND _texts "${_text}")
+endforeach()
+file(MAKE_DIRECTORY "${METAL_MOE_METALLIB}/cuda" "${CMAKE_CURRENT_BINARY_DIR}/kernels")
+add_custom_target(metal_moe_cuda_sources DEPENDS ${_texts})
+add_dependencies(metal_moe_kernels metal_moe_cuda_sources)

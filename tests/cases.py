@@ -21,14 +21,18 @@ FAMILIES = ["moe_decode", "moe_prefill4", "moe_base", "moe_large_batch", "moe_si
 # (dtype, use_fp32_acc): fp16 is the one dtype with accumulation of its own width.
 PRECISIONS = [("fp32", True), ("fp16", True), ("bf16", True), ("fp16", False)]
 
+# Engines of the device that the tests run on (conftest.py).
+ENGINES = ["native", "exact"]
+
 # Every edge of the selection table (1 | 2..16 | 17..32 | 33..) and of the row tiles 4, 8, 16, 32.
 TOKEN_EDGES = [0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129]
 
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu2", "swiglu_clamp"]
 
 
-def default_family(tokens: int, engine: str) -> str:
-    """The published table; the native engine's own has nothing after prefill4."""
+def default_family(tokens: int, engine: str | None = None) -> str:
+    """The published table; the native engine's own has nothing after prefill4. Default: the device's first engine."""
+    engine = engine or ENGINES[0]
     if tokens <= 1:
         return "moe_decode"
     if tokens <= 16 or engine == "native":

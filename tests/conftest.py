@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import cases
 import metal_moe
+import on_device
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # Reproducible and without deadlines: a shared machine may stall any single example.
@@ -15,17 +18,42 @@ settings.register_profile(
 settings.load_profile("metal_moe")
 
 
-@pytest.fixture(autouse=True)
-def native_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests start on the default engine, whatever the caller's environment says."""
-    monkeypatch.delenv("METAL_MOE_CPU_ENGINE", raising=False)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of PyTorch that the tests compute on (default: cpu)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = torch.device(config.getoption("--device"))
+    if device.type == "cpu":
+        return
+    cases.ENGINES[:] = [device.type]
+    # Memory that nobody has written, results and scratch, is NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @pytest.fixture
-def use_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Switches CPU tensors to an engine for the rest of the test."""
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """What --device names."""
+    return torch.device(pytestconfig.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def default_engine(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Tests start on the engine of the device, whatever the caller's environment says."""
+    monkeypatch.delenv("METAL_MOE_CPU_ENGINE", raising=False)
+    if device.type != "cpu":
+        on_device.patch(monkeypatch, device)
+
+
+@pytest.fixture
+def use_engine(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callable[[str], None]:
+    """Switches to an engine for the rest of the test: the device's own, or one that computes CPU tensors."""
 
     def use(engine: str) -> None:
+        if engine == device.type:
+            return
+        if device.type != "cpu":
+            on_device.unpatch(monkeypatch)
         monkeypatch.setenv("METAL_MOE_CPU_ENGINE", engine)
 
     return use

@@ -17,7 +17,7 @@ SMALL = ["--scale", "0.0625"]
 def quick(monkeypatch):
     """One measurement is a test of the command, not of the machine."""
     monkeypatch.setattr(demo, "BUDGET", 0.001)
-    monkeypatch.setattr(demo, "read_bandwidth", lambda: 10e9)
+    monkeypatch.setattr(demo, "read_bandwidth", lambda device: 10e9)
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -144,7 +144,7 @@ def test_wrong_usage(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["info", "--device", "meta"], 'device is "meta"; it must be "cpu"'),
+        (["info", "--device", "meta"], 'device is "meta"; it must be "cpu" or "cuda"'),
         (["info", "--device", "abacus"], "abacus"),
         (["demo", "--tokens", "0"], "--tokens is 0"),
         (["demo", "--scale", "-1"], "--scale is -1"),

@@ -38,7 +38,7 @@ def test_default_family(tokens, dtype, acc, hidden, intermediate):
     for routing in ("random", "one", "dropped"):
         check(make_layer(tokens, hidden, intermediate, 8, 2, DTYPES[dtype], routing=routing, use_fp32_acc=acc))
         if tokens:
-            assert metal_moe.last_dispatch()["family"].removesuffix("_fp32acc") == default_family(tokens, "native")
+            assert metal_moe.last_dispatch()["family"].removesuffix("_fp32acc") == default_family(tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

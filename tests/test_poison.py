@@ -8,7 +8,7 @@ memory that belongs to others shows in the guards around the inputs, which are c
 import metal_moe
 import pytest
 import torch
-from cases import DTYPES, FAMILIES, assert_close, make_layer
+from cases import DTYPES, ENGINES, FAMILIES, assert_close, make_layer
 
 GUARD = 37  # elements on each side; odd, so that the payload starts at an odd element
 
@@ -114,7 +114,7 @@ def test_surroundings_of_aligned_rows(dtype):
         assert all(torch.equal(bits(storage), bits(before)) for storage, before in places)
 
 
-@pytest.mark.parametrize("engine", ["native", "exact"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nan_in_unselected_experts(use_engine, engine, family):
     """Weights that no token selects, and the gaps between used experts, never reach the result."""
@@ -164,7 +164,7 @@ def test_scratch_of_earlier_calls():
             assert_close(layer.run(), want, layer)
 
 
-@pytest.mark.parametrize("engine", ["native", "exact"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("experts", "top_k", "gap"), [(5, 2, 3), (64, 6, 1), (65, 8, 7)])
 def test_routing(use_engine, engine, experts, top_k, gap):
     use_engine(engine)
@@ -184,7 +184,7 @@ def test_routing(use_engine, engine, experts, top_k, gap):
         guarded.check()
 
 
-@pytest.mark.parametrize("engine", ["native", "exact"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_grouping(use_engine, engine):
     use_engine(engine)
     ids = torch.randint(0, 6, (19, 3), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
@@ -195,7 +195,7 @@ def test_grouping(use_engine, engine):
     guarded.check()
 
 
-@pytest.mark.parametrize("engine", ["native", "exact"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gather(use_engine, engine, dtype):
     use_engine(engine)

@@ -1,5 +1,7 @@
-// metal_moe._core: the operations on PyTorch's CPU tensors, for the package's Python code, which validates arguments.
-// Every operation runs to its end without the interpreter's lock.
+// metal_moe._core: the operations on PyTorch's tensors, for the package's Python code, which validates arguments. On
+// CPU tensors an operation runs to its end, on CUDA tensors it is launched on PyTorch's current stream; either without
+// the interpreter's lock.
+#include "cuda_stream.h"
 #include "tensors.h"
 
 #include "../core/engine_controls.h"
@@ -26,6 +28,11 @@ Enum enumerator(const char* name, int value, Enum last) {
 
 template <class Encode>
 void run(MoeEngine& engine, const char* operation, const Encode& encode) {
+  if (engine.context().runs_on_caller_streams()) {
+    begin_operation(engine, operation);
+    run_on_current_stream(engine.context(), encode);
+    return;
+  }
   const py::gil_scoped_release release;
   run_operation(engine, operation, encode);
 }
@@ -252,6 +259,19 @@ PYBIND11_MODULE(_core, m) {
       "The metallib that engines load; before their first use.");
   m.def("set_num_threads", &checked_set_num_threads, "threads"_a, "Threads of the native engine.");
   m.def("get_num_threads", &num_threads);
+  m.def("set_nvrtc_path", &set_nvrtc_path, "path"_a, "A file to load NVRTC from, where none is loaded yet.");
+  m.def(
+      "compile_cuda_kernel",
+      [](const std::string& library, const std::string& kernel, int architecture) {
+        std::string image;
+        {
+          const py::gil_scoped_release release;
+          image = compile_cuda_kernel(library, kernel, architecture);
+        }
+        return py::bytes(image);
+      },
+      "library"_a, "kernel"_a, "architecture"_a,
+      "The cubin of a kernel of the metallib for compute capability `architecture` (90: sm_90).");
   m.def("set_exact_seed", &set_exact_seed, "seed"_a, "Seed of the exact engine's schedule.");
 }
 

@@ -9,8 +9,10 @@ namespace metal_moe {
 CommandStream::CommandStream(NS::SharedPtr<MTL::CommandQueue> queue, BufferPool& pool, const Policy& policy)
     : queue_(std::move(queue)), pool_(pool), policy_(policy) {}
 
-CommandStream::CommandStream(MTL::CommandBuffer* commands, MTL::ComputeCommandEncoder* encoder, BufferPool& pool)
-    : pool_(pool), policy_{}, encoder_(NS::RetainPtr(encoder)), encoding_(std::make_unique<Submission>()) {
+CommandStream::CommandStream(MTL::CommandBuffer* commands, MTL::ComputeCommandEncoder* encoder, BufferPool& pool,
+                             Allocate allocate)
+    : pool_(pool), policy_{}, allocate_(std::move(allocate)), encoder_(NS::RetainPtr(encoder)),
+      encoding_(std::make_unique<Submission>()) {
   encoding_->commands = NS::RetainPtr(commands);
 }
 
@@ -64,6 +66,8 @@ void CommandStream::dispatch(const MTL::Size& threadgroups, uint32_t threads, si
 }
 
 BufferView CommandStream::scratch(size_t bytes) {
+  if (allocate_)
+    return allocate_(bytes);
   if (!encoder_)
     open();
   encoding_->scratch.push_back(pool_.acquire(bytes));

@@ -52,7 +52,11 @@ public:
   /// Borrowed: encodes into somebody's open encoder, never commits. The owner of `commands` ends the encoder, commits
   /// and checks for errors; scratch returns to the pool when `commands` completes. The stream must be destroyed
   /// before the owner commits.
-  CommandStream(MTL::CommandBuffer* commands, MTL::ComputeCommandEncoder* encoder, BufferPool& pool);
+  /// `allocate`: gives scratch instead of the pool, where the owner has memory of its own for that; it keeps the
+  /// buffers alive until the owner has committed.
+  using Allocate = std::function<BufferView(size_t bytes)>;
+  CommandStream(MTL::CommandBuffer* commands, MTL::ComputeCommandEncoder* encoder, BufferPool& pool,
+                Allocate allocate = {});
 
   /// Owned: what is encoded and not committed is dropped, what is committed is waited for. Kept errors are lost.
   ~CommandStream();
@@ -115,6 +119,7 @@ private:
   const NS::SharedPtr<MTL::CommandQueue> queue_;
   BufferPool& pool_;
   const Policy policy_;
+  const Allocate allocate_; // borrowed; may be empty
 
   NS::SharedPtr<MTL::ComputeCommandEncoder> encoder_;
   const Pipeline* pipeline_ = nullptr;

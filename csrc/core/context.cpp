@@ -1,5 +1,10 @@
 #include "context.h"
 
+#if !defined(__APPLE__)
+#include <metal_sim/control.h>
+#endif
+
+#include <charconv>
 #include <stdexcept>
 
 namespace metal_moe {
@@ -13,8 +18,30 @@ std::string name_of(MTL::Device* device) {
 
 std::string first_word(const std::string& text) { return text.substr(0, text.find(' ')); }
 
+bool is_cuda(const std::string& name) { return name == "cuda" || name.starts_with("cuda:"); }
+
+#if !defined(__APPLE__)
+NS::SharedPtr<MTL::Device> find_cuda_device(const std::string& name) {
+  int ordinal = 0;
+  if (const size_t colon = name.find(':'); colon != std::string::npos) {
+    const char* end = name.data() + name.size();
+    if (std::from_chars(name.data() + colon + 1, end, ordinal).ptr != end)
+      throw std::invalid_argument("no device '" + name + "': a CUDA device is 'cuda' or 'cuda:NUMBER'");
+  }
+  NS::Error* error = nullptr;
+  auto device = NS::TransferPtr(metal_sim::cuda_device(ordinal, &error));
+  if (!device)
+    throw std::runtime_error("device '" + name + "': " + describe(error));
+  return device;
+}
+#endif
+
 NS::SharedPtr<MTL::Device> find_device(const std::string& name) {
   AutoreleaseScope scope;
+#if !defined(__APPLE__)
+  if (is_cuda(name))
+    return find_cuda_device(name);
+#endif
   if (name.empty()) {
     auto device = NS::TransferPtr(MTL::CreateSystemDefaultDevice());
     if (!device)
@@ -39,7 +66,10 @@ NS::SharedPtr<MTL::Device> find_device(const std::string& name) {
 Context::Context(const std::string& device_name, std::string library_path)
     : device_(find_device(device_name)), name_(name_of(device_.get())), engine_(first_word(name_)),
       library_(device_.get(), std::move(library_path)), pipelines_(device_.get(), library_),
-      pool_(device_.get(), engine_ == "exact") {}
+      pool_(device_.get(), engine_ == "exact") {
+  if (is_cuda(engine_))
+    caller_queue_ = NS::TransferPtr(device_->newCommandQueue());
+}
 
 std::unique_ptr<CommandStream> Context::new_stream(const CommandStream::Policy& policy) {
   auto queue = NS::TransferPtr(device_->newCommandQueue());

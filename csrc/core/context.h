@@ -16,9 +16,10 @@ namespace metal_moe {
 /// Thread-safe. Nothing else in the product creates Metal objects that outlive a call.
 class Context {
 public:
-  /// A context of its own for the device whose name begins with `device_name` ("native", "exact"; "" is the system's
-  /// default device), with the metallib at `library_path`. std::invalid_argument listing the devices where there is
-  /// none of that name, std::runtime_error where the library cannot be loaded.
+  /// A context of its own for the device whose name begins with `device_name` ("native", "exact"; "cuda", "cuda:1", ...
+  /// where there are NVIDIA GPUs; "" is the system's default device), with the metallib at `library_path`.
+  /// std::invalid_argument listing the devices where there is none of that name, std::runtime_error where the library
+  /// cannot be loaded.
   Context(const std::string& device_name, std::string library_path);
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
@@ -28,13 +29,18 @@ public:
   PipelineCache& pipelines() { return pipelines_; }
   BufferPool& pool() { return pool_; }
 
-  /// First word of the device's name: "native", "exact", "Apple".
+  /// First word of the device's name: "native", "exact", "cuda", "Apple".
   const std::string& engine() const { return engine_; }
   /// The device's whole name.
   const std::string& device_name() const { return name_; }
 
   /// A new owned stream with a queue of its own.
   std::unique_ptr<CommandStream> new_stream(const CommandStream::Policy& policy = {});
+
+  /// Whether operations run on streams of the program (CallerStream) instead of a queue of their own.
+  bool runs_on_caller_streams() const { return static_cast<bool>(caller_queue_); }
+  /// What command buffers on streams of the program are made from; null where there are none.
+  MTL::CommandQueue* caller_queue() const { return caller_queue_.get(); }
 
   /// Memory of the caller as a buffer, in place: not copied, not owned, and to be kept until the work that uses it has
   /// completed. `bytes` > 0. std::runtime_error where the device cannot map it.
@@ -49,6 +55,7 @@ private:
   Library library_;
   PipelineCache pipelines_;
   BufferPool pool_;
+  NS::SharedPtr<MTL::CommandQueue> caller_queue_;
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<CommandStream>> idle_streams_;

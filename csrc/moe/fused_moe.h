@@ -21,14 +21,19 @@ void encode_fused_moe(CommandStream& stream, MoeEngine& engine, const TensorView
                       const TensorView& logits, const TensorView& bias, uint32_t top_k, const RoutingOptions& options,
                       const TensorView& out);
 
-/// Encodes with `encode(stream)`, commits once and waits. Starts the calling thread's record of last_dispatch().
-/// `operation` must have static storage. ExecutionError naming the kernels where the device failed.
-template <class Encode>
-void run_operation(MoeEngine& engine, const char* operation, const Encode& encode) {
+/// Starts the calling thread's record of last_dispatch(). `operation` must have static storage.
+inline void begin_operation(MoeEngine& engine, const char* operation) {
   DispatchTrace& trace = last_dispatch();
   trace = DispatchTrace{};
   trace.operation = operation;
   trace.engine = engine.context().engine().c_str();
+}
+
+/// Encodes with `encode(stream)`, commits once and waits. Starts the calling thread's record of last_dispatch().
+/// `operation` must have static storage. ExecutionError naming the kernels where the device failed.
+template <class Encode>
+void run_operation(MoeEngine& engine, const char* operation, const Encode& encode) {
+  begin_operation(engine, operation);
   StreamLease stream(engine.context());
   encode(*stream);
   stream->synchronize();

@@ -1,5 +1,6 @@
 #include "command_queue.h"
 #include "compute_encoder.h"
+#include "metal_sim/control.h"
 #include "spin.h"
 
 namespace metal_sim {
@@ -56,12 +57,48 @@ void CommandBufferObject::execute() {
     failure = exception.what();
     code = MTL::CommandBufferErrorOutOfMemory;
   }
+  finish(std::move(failure), code);
+}
+
+void CommandBufferObject::launch() {
+  const auto pool = NS::TransferPtr(NS::AutoreleasePool::alloc()->init());
+  call_all(scheduled_handlers, this);
+  start = double(nanoseconds_now()) * NANOSECOND;
+  std::string failure;
+  try {
+    for (const Dispatch& dispatch : recording->dispatches) {
+      failure = queue->device->engine.launch(dispatch, stream);
+      if (!failure.empty())
+        break;
+    }
+  } catch (const std::exception& exception) {
+    failure = exception.what();
+  }
+  finish(std::move(failure), MTL::CommandBufferErrorInternal);
+  finished.store(true, std::memory_order_release);
+}
+
+void CommandBufferObject::finish(std::string failure, MTL::CommandBufferError code) {
   end = double(nanoseconds_now()) * NANOSECOND;
   if (!failure.empty())
     error = NS::TransferPtr(new ErrorObject(ERROR_DOMAIN, NS::Integer(code), std::move(failure)));
   status.store(error ? MTL::CommandBufferStatusError : MTL::CommandBufferStatusCompleted, std::memory_order_release);
   queue->give_back(std::move(recording));
   call_all(completed_handlers, this);
+}
+
+} // namespace metal_sim
+
+namespace metal_sim {
+
+MTL::CommandBuffer* new_stream_command_buffer(MTL::CommandQueue* queue, void* stream) {
+  auto* owner = static_cast<QueueObject*>(queue);
+  if (!owner->device->engine.has_streams())
+    misuse("new_stream_command_buffer", std::string("device '") + owner->device->name + "' has no streams");
+  auto* buffer = new CommandBufferObject(NS::RetainPtr(owner), false);
+  buffer->on_stream = true;
+  buffer->stream = stream;
+  return buffer;
 }
 
 } // namespace metal_sim
@@ -89,6 +126,8 @@ ComputeCommandEncoder* CommandBuffer::computeCommandEncoder(DispatchType dispatc
 void CommandBuffer::enqueue() {
   if (impl(this)->status != CommandBufferStatusNotEnqueued)
     misuse("CommandBuffer::enqueue", "the command buffer has been enqueued");
+  if (impl(this)->on_stream)
+    misuse("CommandBuffer::enqueue", "the command buffer runs on a stream of the program's");
   impl(this)->queue->schedule->enqueue(impl(this));
 }
 
@@ -98,7 +137,10 @@ void CommandBuffer::commit() {
     misuse("CommandBuffer::commit", "the command buffer has been committed");
   if (buffer->encoder)
     misuse("CommandBuffer::commit", "an encoder has not ended encoding");
-  buffer->queue->schedule->commit(buffer);
+  if (buffer->on_stream)
+    buffer->launch();
+  else
+    buffer->queue->schedule->commit(buffer);
 }
 
 void CommandBuffer::waitUntilCompleted() {

@@ -79,11 +79,15 @@ public:
 
   /// Runs all dispatches, then the handlers.
   void execute();
+  /// Starts all dispatches on the stream, then calls the handlers.
+  void launch();
 
   const NS::SharedPtr<QueueObject> queue;
   const bool retains; // buffers and pipelines
   std::unique_ptr<Recording> recording;
   EncoderObject* encoder = nullptr; // open
+  bool on_stream = false;           // of the program's; the queue's schedule never sees the buffer
+  void* stream = nullptr;
   std::atomic<MTL::CommandBufferStatus> status{MTL::CommandBufferStatusNotEnqueued};
   std::atomic<bool> finished{false}; // executed, handlers included
   NS::SharedPtr<ErrorObject> error;
@@ -91,6 +95,9 @@ public:
   std::vector<MTL::HandlerFunction> scheduled_handlers;
   std::vector<MTL::HandlerFunction> completed_handlers;
   Label label;
+
+private:
+  void finish(std::string failure, MTL::CommandBufferError code);
 };
 
 } // namespace metal_sim

@@ -51,6 +51,8 @@ void bind_buffer(const char* call, Dispatch& dispatch, const KernelArgument& arg
     misuse(call, describe(*dispatch.kernel, argument) + " is written, but bound to constants by setBytes");
   dispatch.arguments.buffers[argument.index] = binding.address;
   dispatch.buffer_bytes[argument.index] = binding.bytes;
+  if (!binding.buffer)
+    dispatch.constants |= 1u << argument.index;
 }
 
 void bind_arguments(const char* call, Dispatch& dispatch, const EncoderState& state) {

@@ -84,11 +84,14 @@ NS::Array* CopyAllDevices() {
 
 NS::String* Device::name() const { return metal_sim::string(impl(this)->name); }
 uint64_t Device::registryID() const { return reinterpret_cast<uint64_t>(this); }
-bool Device::hasUnifiedMemory() const { return true; }
-NS::UInteger Device::maxBufferLength() const { return physical_memory(); }
+bool Device::hasUnifiedMemory() const { return impl(this)->engine.host_memory(); }
+NS::UInteger Device::maxBufferLength() const {
+  const Engine& engine = impl(this)->engine;
+  return engine.host_memory() ? physical_memory() : engine.memory_size();
+}
 NS::UInteger Device::maxThreadgroupMemoryLength() const { return MAX_THREADGROUP_MEMORY; }
 NS::UInteger Device::currentAllocatedSize() const { return impl(this)->allocated.load(std::memory_order_relaxed); }
-uint64_t Device::recommendedMaxWorkingSetSize() const { return physical_memory(); }
+uint64_t Device::recommendedMaxWorkingSetSize() const { return maxBufferLength(); }
 
 Size Device::maxThreadsPerThreadgroup() const {
   const uint32_t threads = impl(this)->engine.max_threads_per_threadgroup();
@@ -100,6 +103,14 @@ Buffer* Device::newBuffer(NS::UInteger length, ResourceOptions options) {
     misuse("Device::newBuffer", "length is 0");
   if (length > maxBufferLength())
     return nullptr;
+  Engine& engine = impl(this)->engine;
+  if (!engine.host_memory()) {
+    void* memory = engine.allocate(length);
+    return memory ? new BufferObject(
+                        impl(this), memory, length, options,
+                        [&engine](void* contents, NS::UInteger) { engine.release(contents); }, length)
+                  : nullptr;
+  }
   const bool checked = impl(this)->checked;
   void* memory = allocate(length + (checked ? GUARD : 0));
   if (!memory)
@@ -112,7 +123,9 @@ Buffer* Device::newBuffer(NS::UInteger length, ResourceOptions options) {
 
 Buffer* Device::newBuffer(const void* pointer, NS::UInteger length, ResourceOptions options) {
   Buffer* buffer = newBuffer(length, options);
-  if (buffer)
+  if (buffer && !impl(this)->engine.host_memory())
+    impl(this)->engine.copy_in(impl(buffer)->contents, pointer, length);
+  else if (buffer)
     std::memcpy(impl(buffer)->contents, pointer, length);
   return buffer;
 }
@@ -143,7 +156,10 @@ ResourceOptions Resource::resourceOptions() const { return impl(this)->options; 
 StorageMode Resource::storageMode() const { return StorageMode(impl(this)->options >> 4 & 0xF); }
 
 // As on Apple: memory of the device alone has no address for the host.
-void* Buffer::contents() { return storageMode() == StorageModePrivate ? nullptr : impl(this)->contents; }
+void* Buffer::contents() {
+  const bool of_host = storageMode() != StorageModePrivate && impl(this)->device->engine.host_memory();
+  return of_host ? impl(this)->contents : nullptr;
+}
 NS::UInteger Buffer::length() const { return impl(this)->length; }
 
 } // namespace MTL

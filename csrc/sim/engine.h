@@ -19,6 +19,7 @@ struct Dispatch {
   Size3 group;                      // threads of each
   KernelArguments arguments;        // threadgroup pointers are the engine's to set
   size_t buffer_bytes[MAX_BUFFERS]; // from the bound offset to the end of the buffer
+  uint32_t constants;               // a bit per buffer index that setBytes bound
   uint32_t threadgroup_bytes[MAX_THREADGROUP_ARGUMENTS];
 };
 
@@ -36,6 +37,35 @@ public:
   virtual const char* name() const = 0;
   /// Runs a dispatch to its end. `sequence`: its place in its command buffer. Returns "", or what went wrong.
   virtual std::string run(const Dispatch& dispatch, uint32_t sequence) = 0;
+
+  // What only some engines have.
+
+  /// Kernels of the metallib `path`, alive for ever; null: they are in shared objects. std::runtime_error.
+  virtual const KernelLibrary* open_library(const std::string& path) {
+    (void)path;
+    return nullptr;
+  }
+  /// Makes `kernel` ready to run, its largest threadgroup known. Returns "", or what went wrong.
+  virtual std::string prepare(const Kernel& kernel) {
+    (void)kernel;
+    return "";
+  }
+  virtual bool has_streams() const { return false; }
+  /// Starts a dispatch on a stream of the program's, behind what is there. Returns "", or what went wrong.
+  virtual std::string launch(const Dispatch& dispatch, void* stream) {
+    (void)stream;
+    return std::string("kernel '") + dispatch.kernel->name + "': engine " + name() + " has no streams";
+  }
+
+  /// Whether buffers are ordinary memory of the process. Else the engine allocates them, null where it cannot.
+  virtual bool host_memory() const { return true; }
+  virtual size_t memory_size() const { return 0; }
+  virtual void* allocate(size_t bytes) {
+    (void)bytes;
+    return nullptr;
+  }
+  virtual void release(void* memory) noexcept { (void)memory; }
+  virtual void copy_in(void* to, const void* from, size_t bytes) { (void)to, (void)from, (void)bytes; }
 
 protected:
   ~Engine() = default;

@@ -4,8 +4,10 @@
 // Translated kernels (csrc/sim/msl) are compiled against this header on one side, the engines on the other.
 #pragma once
 
+#ifndef METAL_SIM_CUDA // compiled by NVRTC: msl/cuda_integers.h
 #include <cstddef>
 #include <cstdint>
+#endif
 
 namespace metal_sim {
 

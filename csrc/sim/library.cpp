@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #include <filesystem>
 #include <mutex>
+#include <stdexcept>
 
 namespace metal_sim {
 namespace {
@@ -129,11 +130,14 @@ LibraryObject::LibraryObject(DeviceObject* device, const KernelLibrary* kernels)
 
 LibraryObject* load_library(DeviceObject* device, const std::string& path, NS::Error** error) {
   try {
-    return new LibraryObject(device, open(*device, choose(device->engine.name(), path)));
+    const KernelLibrary* own = device->engine.open_library(path);
+    return new LibraryObject(device, own ? own : open(*device, choose(device->engine.name(), path)));
   } catch (const LoadError& failure) {
     set_error(error, LIBRARY_ERROR_DOMAIN, NS::Integer(failure.code), failure.text);
-    return nullptr;
+  } catch (const std::runtime_error& failure) {
+    set_error(error, LIBRARY_ERROR_DOMAIN, NS::Integer(MTL::LibraryErrorFileNotFound), failure.what());
   }
+  return nullptr;
 }
 
 } // namespace metal_sim
@@ -177,6 +181,13 @@ ComputePipelineState* Device::newComputePipelineState(const Function* computeFun
     set_error(error, LIBRARY_ERROR_DOMAIN, LibraryErrorUnsupported,
               std::string("newComputePipelineState: function '") + function->kernel->name +
                   "' belongs to another device");
+    return nullptr;
+  }
+  try {
+    if (const std::string failure = function->library->device->engine.prepare(*function->kernel); !failure.empty())
+      throw std::runtime_error(failure);
+  } catch (const std::runtime_error& failure) {
+    set_error(error, LIBRARY_ERROR_DOMAIN, LibraryErrorCompileFailure, failure.what());
     return nullptr;
   }
   return new PipelineObject(function->library, function->kernel);

@@ -64,7 +64,7 @@ class TranslationError(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """What the output is for: an engine, and whether g++ or clang compiles it."""
+    """What the output is for: an engine, and whether g++ (or clang) preprocesses and compiles it."""
 
     engine: str
     gcc: bool
@@ -101,10 +101,19 @@ class Attribute:
 
 @dataclass
 class Parameter:
-    """A parameter of a kernel: its name and the one attribute that says where its value comes from."""
+    """A parameter of a kernel: its name, the one attribute that says where its value comes from, and its type."""
 
     name: str
     attribute: Attribute
+    words: list[str] = field(default_factory=list)
+    """The tokens of its type."""
+
+    @property
+    def kind(self) -> str:
+        """What is bound: "threadgroup" memory, a "buffer", or a "value": `constant T&`."""
+        if self.attribute.name == "threadgroup":
+            return "threadgroup"
+        return "value" if "&" in self.words and "constant" in self.words else "buffer"
 
 
 @dataclass
@@ -140,6 +149,13 @@ def directive(text: str, target: Target) -> str:
     """A preprocessor directive that stayed in the text, in the compiler's dialect; "" where it has no use."""
     match = PRAGMA.match(text)
     pragma = match["text"] if match else ""
+    if target.engine == "cuda":
+        count = re.search(r"\d+", pragma)
+        if pragma.startswith("nounroll"):
+            return "#pragma unroll 1"
+        if FULL_UNROLL.match(pragma) or pragma.startswith("GCC unroll"):
+            return "#pragma unroll" if count is None or int(count.group()) >= GCC_FULL_UNROLL else pragma[4:]
+        return "" if match else text
     if pragma.startswith("METAL") or (target.engine == "exact" and UNROLL.match(pragma)):
         return ""
     if target.gcc and FULL_UNROLL.match(pragma):
@@ -180,6 +196,8 @@ def tokenize(text: str, default_file: str, target: Target) -> tuple[list[Token],
                     headers.append(path.name)
             # Flags of the marker would tell the compiler of includes that are no more.
             text_out = f'# {match.group("line")} "{file}"'
+            if target.engine == "cuda":  # compiled on another machine, where these paths say nothing
+                text_out = f'#line {max(1, line + 1)} "{"/".join(Path(file).parts[-2:])}"'
             tokens.append(Token("marker", text_out, file, line))
             continue
         if match.group("directive") is not None:
@@ -471,7 +489,7 @@ class Reader:
                     index = f"{attribute.name}({attribute.value})"
                     raise attribute.token.fail(f"kernel '{kernel}': {index} is both '{taken[key]}' and '{name.text}'")
                 taken[key] = name.text
-            result.append(Parameter(name.text, attribute))
+            result.append(Parameter(name.text, attribute, [token.text for token in piece[:-1]]))
         return result
 
     def check_parameter(self, kernel: str, piece: list[Token], attribute: Attribute) -> None:

@@ -10,6 +10,9 @@ stays as it was, with the preprocessor's line markers, so that the compiler's me
 
 Compile the result with `-I csrc/sim/msl` and the same macros (`--print-flags` lists all flags); link the objects of a
 library with those of msl/kernel_table.cpp and, for `exact`, msl/exact_support.cpp (cmake/Kernels.cmake does).
+
+The result for `cuda` is one self-contained text, headers included, that the engine compiles with NVRTC where it runs:
+cuda_source.py says how it is made.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_source
 from msl_reader import (
     CONTEXT_COORDINATES,
     CONTEXT_NUMBERS,
@@ -31,7 +35,7 @@ from msl_reader import (
 )
 
 METAL_VERSION = 310
-SIMD_WIDTH = {"native": 1, "exact": 32}
+SIMD_WIDTH = {"native": 1, "exact": 32, "cuda": 32}
 # Compiler flags of a processor level, beyond the engine's.
 LEVEL_FLAGS = {
     "x86-64-v2": ["-march=x86-64-v2"],
@@ -148,7 +152,8 @@ def preprocess(arguments: argparse.Namespace) -> str:
 
 def translate(text: str, path: str, output: str, target: Target) -> str:
     """C++ for the preprocessed text of the source `path`."""
-    return emit(read(text, path, target), path, output)
+    source = read(text, path, target)
+    return cuda_source.emit(source, Path(path).name) if target.engine == "cuda" else emit(source, path, output)
 
 
 def main() -> int:
@@ -164,6 +169,8 @@ def main() -> int:
     parser.add_argument("--print-flags", action="store_true", help="print the flags that compile the result, and end")
     arguments = parser.parse_args()
     if arguments.print_flags:
+        if arguments.engine == "cuda":
+            parser.error("--print-flags: the cuda engine compiles with flags of its own (csrc/sim/cuda_compiler.cpp)")
         print(" ".join(compile_flags(arguments.compiler, arguments.engine, arguments.level)))
         return 0
     if not arguments.source or not arguments.output:

@@ -1,4 +1,6 @@
-"""Mixture-of-Experts layers on Apple GPUs from PyTorch, and on any CPU through the same Metal kernels."""
+"""Mixture-of-Experts layers on Apple GPUs from PyTorch, and on any CPU and NVIDIA GPU through the same Metal
+kernels.
+"""
 
 import os as _os
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError

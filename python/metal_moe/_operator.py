@@ -26,7 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from . import _core
 from ._validate import SHAPE_ONLY_DEVICE, choices
+from ._nvrtc import nvrtc_library
 
 NAMESPACE = "metal_moe"
 CPU_ENGINE_VARIABLE = "METAL_MOE_CPU_ENGINE"
@@ -54,6 +56,22 @@ def cpu_engine() -> str:
     raise ValueError(f'{CPU_ENGINE_VARIABLE} is "{engine}"; it must be {choices(CPU_ENGINES)}')
 
 
+_nvrtc_was_sought = False
+
+
+def cuda_engine(device: torch.device) -> str:
+    """The engine of a CUDA device: "cuda" for the first one, then "cuda:1", ..."""
+    global _nvrtc_was_sought
+    if not _nvrtc_was_sought:
+        _core.set_nvrtc_path(nvrtc_library() or "")
+        _nvrtc_was_sought = True
+    if device.index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    else:
+        index = device.index
+    return f"cuda:{index}" if index else "cuda"
+
+
 def engine_of(tensor: Tensor) -> str | None:
     """The engine that computes `tensor`; None where it has no memory (fake and meta tensors)."""
     if type(tensor) is not Tensor and isinstance(tensor, FakeTensor):
@@ -62,6 +80,8 @@ def engine_of(tensor: Tensor) -> str | None:
         return cpu_engine()
     if tensor.device.type == SHAPE_ONLY_DEVICE:
         return None
+    if tensor.is_cuda:
+        return cuda_engine(tensor.device)
     raise ValueError(f"no engine runs tensors on device {tensor.device}")
 
 

@@ -29,7 +29,7 @@ MAX_SIZE = (1 << 31) - 1
 MAX_FLOAT = torch.finfo(torch.float32).max
 
 # Meta tensors have no engine; operations on them give shapes only.
-SUPPORTED_DEVICES = ("cpu",)
+SUPPORTED_DEVICES = ("cpu", "cuda")
 SHAPE_ONLY_DEVICE = "meta"
 
 

@@ -3,6 +3,10 @@
 
 #include "scalar.h"
 
+#ifdef METAL_SIM_CUDA
+#include "cuda_atomic.h"
+#else
+
 namespace metal {
 
 enum memory_order { memory_order_relaxed = __ATOMIC_RELAXED };
@@ -62,3 +66,5 @@ using atomic_uint = atomic<uint>;
 using atomic_bool = atomic<bool>;
 
 } // namespace metal
+
+#endif

@@ -101,6 +101,10 @@ METAL_FUNC Size3 threads_per_grid(const ThreadContext& context) {
 
 } // namespace metal_sim
 
+#ifdef METAL_SIM_CUDA
+#include "cuda_entry.h"
+#else
+
 // The linker gathers these pointers into one array; kernel_table.cpp gives it to the engine. An external name per
 // kernel makes two kernels of one name a link error.
 #define METAL_SIM_KERNEL(NAME, ENTRY, ARGUMENTS, COUNT, MAX_THREADS)                                                   \
@@ -108,3 +112,5 @@ METAL_FUNC Size3 threads_per_grid(const ThreadContext& context) {
   const metal_sim::Kernel metal_sim_kernel_##NAME = {#NAME, ENTRY, ARGUMENTS, COUNT, MAX_THREADS};                     \
   __attribute__((section("metal_sim_kernels"), used)) static const metal_sim::Kernel* const metal_sim_pointer_##NAME = \
       &metal_sim_kernel_##NAME;
+
+#endif

@@ -34,6 +34,13 @@ namespace metal {
     return result;                                                                                                     \
   }
 
+// The C library's function on floats.
+#ifdef METAL_SIM_CUDA
+#define METAL_SIM_LIBM(NAME) ::NAME##f
+#else
+#define METAL_SIM_LIBM(NAME) __builtin_##NAME##f
+#endif
+
 // Mathematical functions: computed in float, rounded to the argument's type.
 #define METAL_SIM_MATH_1(NAME, EXPRESSION)                                                                             \
   template <metal_sim::FloatScalar T>                                                                                  \
@@ -57,47 +64,47 @@ namespace metal {
   }                                                                                                                    \
   METAL_SIM_ELEMENTWISE_3(NAME)
 
-METAL_SIM_MATH_1(acos, __builtin_acosf(x))
-METAL_SIM_MATH_1(acosh, __builtin_acoshf(x))
-METAL_SIM_MATH_1(asin, __builtin_asinf(x))
-METAL_SIM_MATH_1(asinh, __builtin_asinhf(x))
-METAL_SIM_MATH_1(atan, __builtin_atanf(x))
-METAL_SIM_MATH_1(atanh, __builtin_atanhf(x))
-METAL_SIM_MATH_1(ceil, __builtin_ceilf(x))
-METAL_SIM_MATH_1(cos, __builtin_cosf(x))
-METAL_SIM_MATH_1(cosh, __builtin_coshf(x))
-METAL_SIM_MATH_1(cospi, __builtin_cosf(x* M_PI_F))
-METAL_SIM_MATH_1(exp, __builtin_expf(x))
-METAL_SIM_MATH_1(exp2, __builtin_exp2f(x))
-METAL_SIM_MATH_1(exp10, __builtin_powf(10.0f, x))
-METAL_SIM_MATH_1(fabs, __builtin_fabsf(x))
-METAL_SIM_MATH_1(floor, __builtin_floorf(x))
-METAL_SIM_MATH_1(fract, x - __builtin_floorf(x))
-METAL_SIM_MATH_1(log, __builtin_logf(x))
-METAL_SIM_MATH_1(log2, __builtin_log2f(x))
-METAL_SIM_MATH_1(log10, __builtin_log10f(x))
-METAL_SIM_MATH_1(rint, __builtin_rintf(x))
-METAL_SIM_MATH_1(round, __builtin_roundf(x))
-METAL_SIM_MATH_1(rsqrt, 1.0f / __builtin_sqrtf(x))
+METAL_SIM_MATH_1(acos, METAL_SIM_LIBM(acos)(x))
+METAL_SIM_MATH_1(acosh, METAL_SIM_LIBM(acosh)(x))
+METAL_SIM_MATH_1(asin, METAL_SIM_LIBM(asin)(x))
+METAL_SIM_MATH_1(asinh, METAL_SIM_LIBM(asinh)(x))
+METAL_SIM_MATH_1(atan, METAL_SIM_LIBM(atan)(x))
+METAL_SIM_MATH_1(atanh, METAL_SIM_LIBM(atanh)(x))
+METAL_SIM_MATH_1(ceil, METAL_SIM_LIBM(ceil)(x))
+METAL_SIM_MATH_1(cos, METAL_SIM_LIBM(cos)(x))
+METAL_SIM_MATH_1(cosh, METAL_SIM_LIBM(cosh)(x))
+METAL_SIM_MATH_1(cospi, METAL_SIM_LIBM(cos)(x* M_PI_F))
+METAL_SIM_MATH_1(exp, METAL_SIM_LIBM(exp)(x))
+METAL_SIM_MATH_1(exp2, METAL_SIM_LIBM(exp2)(x))
+METAL_SIM_MATH_1(exp10, METAL_SIM_LIBM(pow)(10.0f, x))
+METAL_SIM_MATH_1(fabs, METAL_SIM_LIBM(fabs)(x))
+METAL_SIM_MATH_1(floor, METAL_SIM_LIBM(floor)(x))
+METAL_SIM_MATH_1(fract, x - METAL_SIM_LIBM(floor)(x))
+METAL_SIM_MATH_1(log, METAL_SIM_LIBM(log)(x))
+METAL_SIM_MATH_1(log2, METAL_SIM_LIBM(log2)(x))
+METAL_SIM_MATH_1(log10, METAL_SIM_LIBM(log10)(x))
+METAL_SIM_MATH_1(rint, METAL_SIM_LIBM(rint)(x))
+METAL_SIM_MATH_1(round, METAL_SIM_LIBM(round)(x))
+METAL_SIM_MATH_1(rsqrt, 1.0f / METAL_SIM_LIBM(sqrt)(x))
 METAL_SIM_MATH_1(saturate, x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f)
 METAL_SIM_MATH_1(sign, x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x == 0.0f ? x : 0.0f)
-METAL_SIM_MATH_1(sin, __builtin_sinf(x))
-METAL_SIM_MATH_1(sinh, __builtin_sinhf(x))
-METAL_SIM_MATH_1(sinpi, __builtin_sinf(x* M_PI_F))
-METAL_SIM_MATH_1(sqrt, __builtin_sqrtf(x))
-METAL_SIM_MATH_1(tan, __builtin_tanf(x))
-METAL_SIM_MATH_1(tanh, __builtin_tanhf(x))
-METAL_SIM_MATH_1(trunc, __builtin_truncf(x))
-METAL_SIM_MATH_2(atan2, __builtin_atan2f(x, y))
-METAL_SIM_MATH_2(copysign, __builtin_copysignf(x, y))
+METAL_SIM_MATH_1(sin, METAL_SIM_LIBM(sin)(x))
+METAL_SIM_MATH_1(sinh, METAL_SIM_LIBM(sinh)(x))
+METAL_SIM_MATH_1(sinpi, METAL_SIM_LIBM(sin)(x* M_PI_F))
+METAL_SIM_MATH_1(sqrt, METAL_SIM_LIBM(sqrt)(x))
+METAL_SIM_MATH_1(tan, METAL_SIM_LIBM(tan)(x))
+METAL_SIM_MATH_1(tanh, METAL_SIM_LIBM(tanh)(x))
+METAL_SIM_MATH_1(trunc, METAL_SIM_LIBM(trunc)(x))
+METAL_SIM_MATH_2(atan2, METAL_SIM_LIBM(atan2)(x, y))
+METAL_SIM_MATH_2(copysign, METAL_SIM_LIBM(copysign)(x, y))
 METAL_SIM_MATH_2(fdim, x > y ? x - y : 0.0f)
-METAL_SIM_MATH_2(fmax, __builtin_fmaxf(x, y))
-METAL_SIM_MATH_2(fmin, __builtin_fminf(x, y))
-METAL_SIM_MATH_2(fmod, __builtin_fmodf(x, y))
-METAL_SIM_MATH_2(pow, __builtin_powf(x, y))
-METAL_SIM_MATH_2(powr, __builtin_powf(x, y))
+METAL_SIM_MATH_2(fmax, METAL_SIM_LIBM(fmax)(x, y))
+METAL_SIM_MATH_2(fmin, METAL_SIM_LIBM(fmin)(x, y))
+METAL_SIM_MATH_2(fmod, METAL_SIM_LIBM(fmod)(x, y))
+METAL_SIM_MATH_2(pow, METAL_SIM_LIBM(pow)(x, y))
+METAL_SIM_MATH_2(powr, METAL_SIM_LIBM(pow)(x, y))
 METAL_SIM_MATH_2(step, y < x ? 0.0f : 1.0f)
-METAL_SIM_MATH_3(fma, __builtin_fmaf(x, y, z))
+METAL_SIM_MATH_3(fma, METAL_SIM_LIBM(fma)(x, y, z))
 METAL_SIM_MATH_3(mix, x + (y - x) * z)
 
 // Relational.
@@ -187,18 +194,27 @@ METAL_SIM_ELEMENTWISE_3(clamp)
 METAL_SIM_ELEMENTWISE_1(abs)
 METAL_SIM_ELEMENTWISE_3(mad)
 
+#ifdef METAL_SIM_CUDA
+#define METAL_SIM_POPCOUNT __popcll
+#define METAL_SIM_COUNT_LEADING_ZEROS __clzll
+#define METAL_SIM_COUNT_TRAILING_ZEROS(WORD) (__ffsll(WORD) - 1)
+#else
+#define METAL_SIM_POPCOUNT __builtin_popcountll
+#define METAL_SIM_COUNT_LEADING_ZEROS __builtin_clzll
+#define METAL_SIM_COUNT_TRAILING_ZEROS(WORD) __builtin_ctzll(WORD)
+#endif
 template <metal_sim::IntegerScalar T>
 METAL_FUNC T popcount(T a) {
-  return T(__builtin_popcountll(static_cast<unsigned long long>(a) & (~0ull >> (64 - 8 * sizeof(T)))));
+  return T(METAL_SIM_POPCOUNT(static_cast<unsigned long long>(a) & (~0ull >> (64 - 8 * sizeof(T)))));
 }
 template <metal_sim::IntegerScalar T>
 METAL_FUNC T clz(T a) {
   const unsigned long long word = static_cast<unsigned long long>(a) & (~0ull >> (64 - 8 * sizeof(T)));
-  return T(word == 0 ? 8 * int(sizeof(T)) : __builtin_clzll(word) - 8 * int(8 - sizeof(T)));
+  return T(word == 0 ? 8 * int(sizeof(T)) : METAL_SIM_COUNT_LEADING_ZEROS(word) - 8 * int(8 - sizeof(T)));
 }
 template <metal_sim::IntegerScalar T>
 METAL_FUNC T ctz(T a) {
-  return T(a == 0 ? 8 * int(sizeof(T)) : __builtin_ctzll(static_cast<unsigned long long>(a)));
+  return T(a == 0 ? 8 * int(sizeof(T)) : METAL_SIM_COUNT_TRAILING_ZEROS(static_cast<unsigned long long>(a)));
 }
 template <metal_sim::IntegerScalar T>
 METAL_FUNC T rotate(T value, metal_sim::Same<T> places) {
@@ -237,18 +253,19 @@ METAL_FUNC T mulhi(T a, T b) {
 }
 template <metal_sim::IntegerScalar T>
 METAL_FUNC T addsat(T a, T b) {
-  T result;
-  if (!__builtin_add_overflow(a, b, &result))
-    return result;
-  return b < T(0) ? numeric_limits<T>::min() : numeric_limits<T>::max();
+  if (b < T(0))
+    return a < T(numeric_limits<T>::min() - b) ? numeric_limits<T>::min() : T(a + b);
+  return a > T(numeric_limits<T>::max() - b) ? numeric_limits<T>::max() : T(a + b);
 }
 template <metal_sim::IntegerScalar T>
 METAL_FUNC T subsat(T a, T b) {
-  T result;
-  if (!__builtin_sub_overflow(a, b, &result))
-    return result;
-  return numeric_limits<T>::is_signed && b < T(0) ? numeric_limits<T>::max() : numeric_limits<T>::min();
+  if (b < T(0))
+    return a > T(numeric_limits<T>::max() + b) ? numeric_limits<T>::max() : T(a - b);
+  return a < T(numeric_limits<T>::min() + b) ? numeric_limits<T>::min() : T(a - b);
 }
+#undef METAL_SIM_POPCOUNT
+#undef METAL_SIM_COUNT_LEADING_ZEROS
+#undef METAL_SIM_COUNT_TRAILING_ZEROS
 METAL_SIM_ELEMENTWISE_1(popcount)
 METAL_SIM_ELEMENTWISE_1(clz)
 METAL_SIM_ELEMENTWISE_1(ctz)
@@ -270,6 +287,7 @@ METAL_FUNC T length(const vec<T, N>& a) {
   return sqrt(dot(a, a));
 }
 
+#undef METAL_SIM_LIBM
 #undef METAL_SIM_MATH_1
 #undef METAL_SIM_MATH_2
 #undef METAL_SIM_MATH_3
@@ -277,7 +295,7 @@ METAL_FUNC T length(const vec<T, N>& a) {
 #undef METAL_SIM_ELEMENTWISE_2
 #undef METAL_SIM_ELEMENTWISE_3
 
-// The host has one precision for each function.
+// An engine has one precision for each function.
 namespace precise = ::metal;
 namespace fast = ::metal;
 

@@ -3,6 +3,13 @@
 // names in other headers.
 #pragma once
 
+#ifdef METAL_SIM_CUDA
+// Translated kernels stand in this namespace, where these names are found before NVRTC's own.
+namespace metal_sim_kernels {
+#include "vector_names.h"
+}
+#endif
+
 #define device
 #define threadgroup
 #define thread

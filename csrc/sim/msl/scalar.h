@@ -3,11 +3,15 @@
 // would see them.
 #pragma once
 
+#if !defined(METAL_SIM_NATIVE) && !defined(METAL_SIM_EXACT) && !defined(METAL_SIM_CUDA)
+#error "define METAL_SIM_NATIVE, METAL_SIM_EXACT or METAL_SIM_CUDA, and SIMD_WIDTH"
+#endif
+
+#ifdef METAL_SIM_CUDA
+#include "cuda_integers.h"
+#else
 #include <stddef.h>
 #include <stdint.h>
-
-#if !defined(METAL_SIM_NATIVE) && !defined(METAL_SIM_EXACT)
-#error "define METAL_SIM_NATIVE or METAL_SIM_EXACT, and SIMD_WIDTH"
 #endif
 
 #define METAL_FUNC inline __attribute__((always_inline))
@@ -24,11 +28,13 @@ using ushort = unsigned short;
 using uint = unsigned int;
 using ulong = unsigned long;
 
+#ifndef METAL_SIM_CUDA
 // g++ 12 for arm64 knows _Float16 in C only; __fp16 has the same bits and promotes to float.
 #if defined(__aarch64__) && !defined(__clang__) && __GNUC__ < 13
 using half = __fp16;
 #else
 using half = _Float16;
+#endif
 #endif
 
 namespace metal {
@@ -43,6 +49,10 @@ METAL_FUNC constexpr To as_type(From from) {
 } // namespace metal
 
 using metal::as_type;
+
+#ifdef METAL_SIM_CUDA
+#include "cuda_half.h"
+#endif
 
 /// 16-bit brain floating point: the upper half of a float. Conversion rounds to nearest even and keeps NaN. Written on
 /// integers without branches, so that loops that convert arrays vectorise at every processor level.
@@ -143,42 +153,56 @@ concept IntegerScalar = metal::is_integral_v<T>;
 template <typename T>
 concept Scalar = FloatScalar<T> || IntegerScalar<T>;
 
-/// Result of arithmetic between bfloat and another type.
-template <typename T>
-using WithBfloat = metal::conditional_t<metal::is_integral_v<T>, bfloat, float>;
+/// Result of arithmetic between F (bfloat, half) and another type.
+template <typename F, typename T>
+using WithSmallFloat = metal::conditional_t<metal::is_integral_v<T>, F, float>;
 
 } // namespace metal_sim
 
 // Arithmetic of two bfloats is rounded to bfloat, as on a GPU; with a float it is a float. Both directions with another
-// type are spelled out because the two implicit conversions would be equally good otherwise.
-#define METAL_SIM_BFLOAT_OPERATOR(OP)                                                                                  \
-  METAL_FUNC constexpr bfloat operator OP(bfloat a, bfloat b) { return bfloat(float(a) OP float(b)); }                 \
+// type are spelled out because the two implicit conversions would be equally good otherwise. Where half is a class as
+// well, its operators leave those with bfloat to bfloat's.
+#define METAL_SIM_SMALL_FLOAT_OPERATOR(F, OTHER, OP)                                                                   \
+  METAL_FUNC constexpr F operator OP(F a, F b) { return F(float(a) OP float(b)); }                                     \
   template <metal_sim::Scalar T>                                                                                       \
-    requires(!metal::is_same_v<T, bfloat>)                                                                             \
-  METAL_FUNC constexpr metal_sim::WithBfloat<T> operator OP(bfloat a, T b) {                                           \
-    return metal_sim::WithBfloat<T>(float(a) OP float(b));                                                             \
+    requires(!metal::is_same_v<T, F> && !metal::is_same_v<T, OTHER>)                                                   \
+  METAL_FUNC constexpr metal_sim::WithSmallFloat<F, T> operator OP(F a, T b) {                                         \
+    return metal_sim::WithSmallFloat<F, T>(float(a) OP float(b));                                                      \
   }                                                                                                                    \
   template <metal_sim::Scalar T>                                                                                       \
-    requires(!metal::is_same_v<T, bfloat>)                                                                             \
-  METAL_FUNC constexpr metal_sim::WithBfloat<T> operator OP(T a, bfloat b) {                                           \
-    return metal_sim::WithBfloat<T>(float(a) OP float(b));                                                             \
+    requires(!metal::is_same_v<T, F> && !metal::is_same_v<T, OTHER>)                                                   \
+  METAL_FUNC constexpr metal_sim::WithSmallFloat<F, T> operator OP(T a, F b) {                                         \
+    return metal_sim::WithSmallFloat<F, T>(float(a) OP float(b));                                                      \
   }                                                                                                                    \
   template <metal_sim::Scalar T>                                                                                       \
-  METAL_FUNC constexpr bfloat& operator OP## = (bfloat & a, T b) {                                                     \
-    return a = bfloat(float(a) OP float(b));                                                                           \
+  METAL_FUNC constexpr F& operator OP## = (F & a, T b) {                                                               \
+    return a = F(float(a) OP float(b));                                                                                \
   }
-METAL_SIM_BFLOAT_OPERATOR(+)
-METAL_SIM_BFLOAT_OPERATOR(-)
-METAL_SIM_BFLOAT_OPERATOR(*)
-METAL_SIM_BFLOAT_OPERATOR(/)
-#undef METAL_SIM_BFLOAT_OPERATOR
+METAL_SIM_SMALL_FLOAT_OPERATOR(bfloat, bfloat, +)
+METAL_SIM_SMALL_FLOAT_OPERATOR(bfloat, bfloat, -)
+METAL_SIM_SMALL_FLOAT_OPERATOR(bfloat, bfloat, *)
+METAL_SIM_SMALL_FLOAT_OPERATOR(bfloat, bfloat, /)
+#ifdef METAL_SIM_CUDA
+METAL_SIM_SMALL_FLOAT_OPERATOR(half, bfloat, +)
+METAL_SIM_SMALL_FLOAT_OPERATOR(half, bfloat, -)
+METAL_SIM_SMALL_FLOAT_OPERATOR(half, bfloat, *)
+METAL_SIM_SMALL_FLOAT_OPERATOR(half, bfloat, /)
+#endif
+#undef METAL_SIM_SMALL_FLOAT_OPERATOR
 
 METAL_FUNC constexpr bfloat operator-(bfloat a) { return bfloat(-float(a)); }
 
 #define MAXFLOAT 3.40282347e+38f
-#define HUGE_VALF __builtin_huge_valf()
+#undef INFINITY
+#undef NAN
+#ifdef METAL_SIM_CUDA
+#define INFINITY __builtin_bit_cast(float, 0x7F800000u)
+#define NAN __builtin_bit_cast(float, 0x7FC00000u)
+#else
 #define INFINITY __builtin_inff()
 #define NAN __builtin_nanf("")
+#endif
+#define HUGE_VALF INFINITY
 #define FLT_MAX 3.40282347e+38f
 #define FLT_MIN 1.17549435e-38f
 #define FLT_EPSILON 1.19209290e-07f

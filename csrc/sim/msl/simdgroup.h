@@ -1,4 +1,4 @@
-// Barriers and simdgroup functions: what both engines share, then the engine's own.
+// Barriers and simdgroup functions: what all engines share, then the engine's own.
 #pragma once
 
 #include "functions.h"
@@ -30,8 +30,10 @@ private:
 
 } // namespace metal
 
-#ifdef METAL_SIM_NATIVE
+#if defined(METAL_SIM_NATIVE)
 #include "simdgroup_native.h"
+#elif defined(METAL_SIM_CUDA)
+#include "simdgroup_cuda.h"
 #else
 #include "simdgroup_exact.h"
 #endif

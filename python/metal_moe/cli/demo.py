@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, progress: Progress) -> dict:
     information = metal_moe.device_info(device)
     shape = GLM_4_7_FLASH.scaled(options.scale)
     progress("measuring memory bandwidth")
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(device=device)
     first = DTYPES[options.dtype[0]]
     progress(f"drawing {shape.weight_bytes(first) / 1e9:.2g} GB of weights")
     layer = make_layer(shape, first, device, options.seed)

@@ -1,0 +1,73 @@
+// The functions of the CUDA driver that the engine calls, found in libcuda.so.1 at run time: nothing of CUDA is needed
+// to build. Names, signatures and numbers are those of NVIDIA's documented driver interface.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace metal_sim {
+
+using CudaResult = int; // 0: success
+using CudaContext = void*;
+using CudaModule = void*;
+using CudaFunction = void*;
+using CudaStream = void*; // null: the default stream
+using CudaAddress = unsigned long long;
+
+constexpr int CUDA_COMPUTE_CAPABILITY_MAJOR = 75; // CUdevice_attribute
+constexpr int CUDA_COMPUTE_CAPABILITY_MINOR = 76;
+constexpr int CUDA_FUNCTION_MAX_THREADS = 0; // CUfunction_attribute
+constexpr int CUDA_CAPTURE_RELAXED = 2;      // CUstreamCaptureMode
+
+struct CudaDriver {
+  CudaResult (*init)(unsigned flags);
+  CudaResult (*driver_version)(int* version);
+  CudaResult (*device_count)(int* count);
+  CudaResult (*device)(int* device, int ordinal);
+  CudaResult (*device_name)(char* name, int length, int device);
+  CudaResult (*device_attribute)(int* value, int attribute, int device);
+  CudaResult (*device_memory)(size_t* bytes, int device);
+  CudaResult (*retain_primary_context)(CudaContext* context, int device);
+  CudaResult (*current_context)(CudaContext* context);
+  CudaResult (*push_context)(CudaContext context);
+  CudaResult (*pop_context)(CudaContext* context);
+  CudaResult (*load_module)(CudaModule* module, const void* image);
+  CudaResult (*module_function)(CudaFunction* function, CudaModule module, const char* name);
+  CudaResult (*function_attribute)(int* value, int attribute, CudaFunction function);
+  CudaResult (*launch)(CudaFunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                       unsigned block_y, unsigned block_z, unsigned shared_bytes, CudaStream stream, void** parameters,
+                       void** extra);
+  CudaResult (*synchronize_stream)(CudaStream stream);
+  CudaResult (*allocate)(CudaAddress* address, size_t bytes);
+  CudaResult (*free)(CudaAddress address);
+  CudaResult (*copy_to_device)(CudaAddress to, const void* from, size_t bytes);
+  CudaResult (*exchange_capture_mode)(int* mode);
+  CudaResult (*error_name)(CudaResult result, const char** name);
+  CudaResult (*error_text)(CudaResult result, const char** text);
+  /// Null before driver 12.4.
+  CudaResult (*parameter_info)(CudaFunction function, size_t index, size_t* offset, size_t* bytes);
+};
+
+/// The driver, initialised. std::runtime_error where the machine has none; METAL_MOE_CUDA_DRIVER names another file.
+const CudaDriver& cuda_driver();
+
+/// "CUDA_ERROR_...: what it means".
+std::string describe_cuda(CudaResult result);
+
+/// std::runtime_error "what: CUDA_ERROR_..." where `result` is no success.
+void check_cuda(CudaResult result, const std::string& what);
+
+/// Makes a context current on this thread for its own lifetime. Costs one query where it is current already, as it is
+/// on threads where PyTorch has used the device.
+class CurrentCudaContext {
+public:
+  explicit CurrentCudaContext(CudaContext context);
+  ~CurrentCudaContext();
+  CurrentCudaContext(const CurrentCudaContext&) = delete;
+  CurrentCudaContext& operator=(const CurrentCudaContext&) = delete;
+
+private:
+  bool pushed_ = false;
+};
+
+} // namespace metal_sim

@@ -1,0 +1,246 @@
+// The engine for NVIDIA GPUs: a threadgroup is a block, a simdgroup a warp, and a dispatch one launch on a stream. On
+// the stream that a command buffer was made for nothing is waited for; a queue's own command buffers run on the default
+// stream and are waited for.
+#include "cuda_driver.h"
+#include "cuda_library.h"
+#include "metal_sim/control.h"
+#include "objects.h"
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+namespace metal_sim {
+namespace {
+
+/// Threadgroups of one launch in y and z: CUDA's limit. Larger grids take several launches.
+constexpr uint32_t MAX_GRID_YZ = 65535;
+/// Every threadgroup argument begins at a multiple of it.
+constexpr uint32_t SHARED_ALIGNMENT = 16;
+
+/// The last parameter of every entry point: see msl/cuda_entry.h.
+struct LaunchGrid {
+  Size3 first; // of the launch
+  Size3 grid;  // of the dispatch
+};
+
+/// Calls that CUDA would refuse while some stream of the program is captured (loading code) and that no graph needs.
+class OutsideCapture {
+public:
+  OutsideCapture() { cuda_driver().exchange_capture_mode(&mode_); }
+  ~OutsideCapture() { cuda_driver().exchange_capture_mode(&mode_); }
+
+private:
+  int mode_ = CUDA_CAPTURE_RELAXED;
+};
+
+class CudaEngine final : public Engine {
+public:
+  explicit CudaEngine(int ordinal) {
+    const CudaDriver& driver = cuda_driver();
+    int count = 0, device = 0, major = 0, minor = 0;
+    check_cuda(driver.device_count(&count), "number of CUDA devices");
+    if (ordinal < 0 || ordinal >= count)
+      throw std::runtime_error("there is no CUDA device " + std::to_string(ordinal) + ": this machine has " +
+                               std::to_string(count));
+    check_cuda(driver.device(&device, ordinal), "CUDA device");
+    check_cuda(driver.device_attribute(&major, CUDA_COMPUTE_CAPABILITY_MAJOR, device), "compute capability");
+    check_cuda(driver.device_attribute(&minor, CUDA_COMPUTE_CAPABILITY_MINOR, device), "compute capability");
+    architecture_ = major * 10 + minor;
+    char name[256] = {};
+    check_cuda(driver.device_name(name, int(sizeof name), device), "name of the CUDA device");
+    device_name_ = name;
+    check_cuda(driver.device_memory(&memory_, device), "memory of the CUDA device");
+    // The one that PyTorch uses. Kept to the end: its memory may outlive everything here.
+    check_cuda(driver.retain_primary_context(&context_, device), "CUDA context");
+  }
+
+  uint32_t max_threads_per_threadgroup() const override { return MAX_THREADS_PER_THREADGROUP; }
+  const char* name() const override { return "cuda"; }
+  const std::string& device_name() const { return device_name_; }
+  int architecture() const { return architecture_; }
+
+  const KernelLibrary* open_library(const std::string& path) override {
+    const std::lock_guard lock(mutex_);
+    auto& library = libraries_[path];
+    if (!library)
+      library = std::make_unique<CudaLibrary>(path);
+    return &library->table();
+  }
+
+  std::string prepare(const Kernel& entry) override {
+    const std::lock_guard lock(mutex_);
+    const CurrentCudaContext current(context_);
+    const OutsideCapture relaxed;
+    CudaKernel& kernel = library_of(entry).kernel(entry);
+    if (!kernel.function)
+      load(kernel);
+    return "";
+  }
+
+  std::string run(const Dispatch& dispatch, uint32_t) override {
+    std::string failure = launch(dispatch, nullptr);
+    if (failure.empty()) {
+      const CurrentCudaContext current(context_);
+      if (const CudaResult result = cuda_driver().synchronize_stream(nullptr))
+        failure = std::string("kernel '") + dispatch.kernel->name + "': " + describe_cuda(result);
+    }
+    return failure;
+  }
+
+  std::string launch(const Dispatch& dispatch, void* stream) override {
+    const auto& kernel = static_cast<const CudaKernel&>(*dispatch.kernel);
+    // Parameters of an entry point: its arguments, then the grid.
+    void* parameters[MAX_BUFFERS + MAX_THREADGROUP_ARGUMENTS + 1];
+    void* addresses[MAX_BUFFERS + MAX_THREADGROUP_ARGUMENTS];
+    uint32_t offsets[MAX_BUFFERS + MAX_THREADGROUP_ARGUMENTS];
+    uint32_t shared = 0;
+    for (uint32_t i = 0; i < kernel.argument_count; ++i) {
+      const KernelArgument& argument = kernel.arguments[i];
+      if (argument.kind == ArgumentKind::Threadgroup) {
+        offsets[i] = shared;
+        parameters[i] = &offsets[i];
+        shared +=
+            (dispatch.threadgroup_bytes[argument.index] + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT;
+        continue;
+      }
+      const bool constants = (dispatch.constants >> argument.index & 1) != 0;
+      if (constants != kernel.by_value[i])
+        return describe(kernel, argument) + (constants ? " is a pointer, but bound to constants by setBytes"
+                                                       : " is passed by value, but not bound by setBytes");
+      addresses[i] = dispatch.arguments.buffers[argument.index];
+      if (!constants) {
+        parameters[i] = &addresses[i];
+        continue;
+      }
+      if (dispatch.buffer_bytes[argument.index] < kernel.value_bytes[i])
+        return describe(kernel, argument) + " has " + std::to_string(kernel.value_bytes[i]) + " bytes, setBytes gave " +
+               std::to_string(dispatch.buffer_bytes[argument.index]);
+      parameters[i] = addresses[i];
+    }
+    LaunchGrid place{{0, 0, 0}, dispatch.grid};
+    parameters[kernel.argument_count] = &place;
+    const CurrentCudaContext current(context_);
+    for (place.first.z = 0; place.first.z < dispatch.grid.z; place.first.z += MAX_GRID_YZ)
+      for (place.first.y = 0; place.first.y < dispatch.grid.y; place.first.y += MAX_GRID_YZ) {
+        const CudaResult result = cuda_driver().launch(
+            kernel.function, dispatch.grid.x, std::min(dispatch.grid.y - place.first.y, MAX_GRID_YZ),
+            std::min(dispatch.grid.z - place.first.z, MAX_GRID_YZ), dispatch.group.x, dispatch.group.y,
+            dispatch.group.z, shared, stream, parameters, nullptr);
+        // An error of earlier work on the device shows here as well: CUDA reports it to whoever calls next.
+        if (result)
+          return std::string("kernel '") + kernel.name + "' cannot be launched: " + describe_cuda(result);
+      }
+    return "";
+  }
+
+  bool has_streams() const override { return true; }
+  bool host_memory() const override { return false; }
+  size_t memory_size() const override { return memory_; }
+
+  void* allocate(size_t bytes) override {
+    const CurrentCudaContext current(context_);
+    CudaAddress address = 0;
+    return cuda_driver().allocate(&address, bytes) ? nullptr : reinterpret_cast<void*>(address);
+  }
+  void release(void* memory) noexcept override {
+    try {
+      const CurrentCudaContext current(context_);
+      cuda_driver().free(reinterpret_cast<CudaAddress>(memory));
+    } catch (const std::exception&) { // the program is ending, and the driver has gone first
+    }
+  }
+  void copy_in(void* to, const void* from, size_t bytes) override {
+    const CurrentCudaContext current(context_);
+    check_cuda(cuda_driver().copy_to_device(reinterpret_cast<CudaAddress>(to), from, bytes), "copy to the device");
+  }
+
+private:
+  static std::string describe(const CudaKernel& kernel, const KernelArgument& argument) {
+    return std::string("kernel '") + kernel.name + "': argument '" + argument.name + "' (buffer " +
+           std::to_string(argument.index) + ")";
+  }
+
+  CudaLibrary& library_of(const Kernel& entry) {
+    for (const auto& [path, library] : libraries_) {
+      const KernelLibrary& table = library->table();
+      if (std::find(table.kernels, table.kernels + table.kernel_count, &entry) != table.kernels + table.kernel_count)
+        return *library;
+    }
+    throw std::logic_error("the kernel is of no library of this device");
+  }
+
+  void load(CudaKernel& kernel) {
+    const CudaDriver& driver = cuda_driver();
+    CudaBinary binary = cuda_binary(*kernel.source, kernel.host_name, architecture_);
+    CudaModule module = nullptr;
+    CudaResult result = driver.load_module(&module, binary.image.data());
+    if (result && binary.from_cache) { // a damaged file
+      binary = cuda_binary(*kernel.source, kernel.host_name, architecture_, false);
+      result = driver.load_module(&module, binary.image.data());
+    }
+    int version = 0;
+    driver.driver_version(&version);
+    check_cuda(result, "code that NVRTC " + nvrtc_version() + " made of kernel '" + kernel.host_name +
+                           "' cannot be loaded by the driver, which knows CUDA " + std::to_string(version / 1000) +
+                           "." + std::to_string(version % 1000 / 10));
+    CudaFunction function = nullptr;
+    int threads = 0;
+    check_cuda(driver.module_function(&function, module, kernel.host_name.c_str()),
+               "kernel '" + kernel.host_name + "'");
+    check_cuda(driver.function_attribute(&threads, CUDA_FUNCTION_MAX_THREADS, function), "threads of a kernel");
+    if (driver.parameter_info)
+      for (uint32_t i = 0; i < kernel.argument_count; ++i) {
+        size_t offset, bytes;
+        if (kernel.by_value[i] && driver.parameter_info(function, i, &offset, &bytes) == 0)
+          kernel.value_bytes[i] = bytes;
+      }
+    kernel.max_total_threads_per_threadgroup = uint32_t(threads);
+    kernel.function = function; // modules stay loaded: encoded dispatches and captured graphs point into them
+  }
+
+  CudaContext context_ = nullptr;
+  std::string device_name_;
+  int architecture_ = 0;
+  size_t memory_ = 0;
+  std::mutex mutex_; // of the libraries, and of compiling their kernels
+  std::map<std::string, std::unique_ptr<CudaLibrary>> libraries_;
+};
+
+} // namespace
+
+MTL::Device* cuda_device(int ordinal, NS::Error** error) {
+  struct Device {
+    CudaEngine engine;
+    DeviceObject* object;
+  };
+  static std::mutex mutex;
+  static auto* devices = new std::map<int, std::unique_ptr<Device>>; // immortal
+  const std::lock_guard lock(mutex);
+  try {
+    auto& device = (*devices)[ordinal];
+    if (!device) {
+      device.reset(new Device{CudaEngine(ordinal), nullptr});
+      const std::string number = ordinal == 0 ? "" : ":" + std::to_string(ordinal);
+      device->object = new DeviceObject("cuda" + number + " (" + device->engine.device_name() + ", sm_" +
+                                            std::to_string(device->engine.architecture()) + ")",
+                                        device->engine, false);
+    }
+    return device->object->retain();
+  } catch (const std::exception& exception) {
+    set_error(error, "MTLDeviceErrorDomain", NS::Integer(MTL::CommandBufferErrorNotPermitted), exception.what());
+    return nullptr;
+  }
+}
+
+std::string compile_cuda_kernel(const std::string& library, const std::string& kernel, int architecture) {
+  const CudaLibrary kernels(library);
+  const CudaKernel* found = kernels.find(kernel);
+  if (!found)
+    throw std::runtime_error("kernel '" + kernel + "' is not in the library '" + library + "'");
+  return cuda_binary(*found->source, kernel, architecture).image;
+}
+
+} // namespace metal_sim

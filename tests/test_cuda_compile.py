@@ -1,0 +1,98 @@
+"""The cuda engine without a GPU: every kernel compiles with NVRTC, once per source text, and what is missing is named."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import metal_moe
+import pytest
+from metal_moe import _core
+from metal_moe._nvrtc import nvrtc_library
+
+ARCHITECTURE = 90
+LIBRARY = Path(os.environ.get("METAL_MOE_LIBRARY") or Path(metal_moe.__file__).parent / "metal_moe.metallib")
+SOURCES = sorted((LIBRARY / "cuda").glob("*.cu"))
+
+
+def kernels_of(source: Path) -> list[str]:
+    return [line.split()[2] for line in source.read_text().splitlines() if line.startswith("//! kernel ")]
+
+
+@pytest.fixture(autouse=True)
+def nvrtc():
+    path = nvrtc_library()
+    if path is None:
+        pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc")
+    _core.set_nvrtc_path(path)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "metal_moe" / "cuda"
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **variables}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_library_holds_every_kernel():
+    names = sorted(name for source in SOURCES for name in kernels_of(source))
+    assert names == sorted(kernel["name"] for kernel in metal_moe.kernels("cpu"))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_kernels_compile(source):
+    """All of them, through the user's cache: a minute or two the first time."""
+    for name in kernels_of(source):
+        image = _core.compile_cuda_kernel(str(LIBRARY), name, ARCHITECTURE)
+        assert image.startswith(b"\x7fELF") and name.encode() in image
+
+
+def test_the_cache_is_read_and_written(cache):
+    first = _core.compile_cuda_kernel(str(LIBRARY), "combine_bf16", ARCHITECTURE)
+    (file,) = cache.iterdir()
+    assert file.suffix == ".cubin" and file.read_bytes() == first
+    file.write_bytes(b"what the cache holds")
+    assert _core.compile_cuda_kernel(str(LIBRARY), "combine_bf16", ARCHITECTURE) == b"what the cache holds"
+    _core.compile_cuda_kernel(str(LIBRARY), "combine_bf16", 80)
+    assert len(list(cache.iterdir())) == 2, "another architecture is another entry"
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
+    (tmp_path / "metal_moe").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _core.compile_cuda_kernel(str(LIBRARY), "combine_fp16", ARCHITECTURE).startswith(b"\x7fELF")
+
+
+def test_compiler_errors_are_shown(tmp_path, cache):
+    text = (LIBRARY / "cuda" / "combine.cu").read_text()
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "combine.cu").write_text(text + "\nthis is no declaration;\n")
+    with pytest.raises(
+        RuntimeError, match=r"NVRTC .* does not compile kernel 'combine_bf16' of combine.cu(.|\n)*error:"
+    ):
+        _core.compile_cuda_kernel(str(tmp_path), "combine_bf16", ARCHITECTURE)
+
+
+def test_unknown_kernel_and_missing_sources(tmp_path):
+    with pytest.raises(RuntimeError, match="kernel 'fast' is not in the library"):
+        _core.compile_cuda_kernel(str(LIBRARY), "fast", ARCHITECTURE)
+    with pytest.raises(RuntimeError, match=r"no kernels for the cuda engine: .* holds no \.cu file"):
+        _core.compile_cuda_kernel(str(tmp_path), "route", ARCHITECTURE)
+
+
+def test_without_a_driver():
+    result = run("import metal_moe; metal_moe.device_info('cuda')", METAL_MOE_CUDA_DRIVER="/nowhere/libcuda.so.1")
+    assert result.returncode != 0
+    assert "RuntimeError: device 'cuda': the CUDA driver cannot be loaded (/nowhere/libcuda.so.1" in result.stderr
+    assert "the cuda engine needs an NVIDIA GPU and its driver" in result.stderr
+
+
+def test_without_nvrtc():
+    code = f"from metal_moe import _core; _core.compile_cuda_kernel({str(LIBRARY)!r}, 'route', 90)"
+    result = run(code, METAL_MOE_NVRTC="/nowhere/libnvrtc.so.13")
+    assert result.returncode != 0
+    assert "METAL_MOE_NVRTC is '/nowhere/libnvrtc.so.13', which cannot be loaded" in result.stderr
