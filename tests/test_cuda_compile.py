@@ -1,4 +1,4 @@
-"""The cuda engine without a GPU: every kernel compiles with NVRTC, once per source text, and what is missing is named."""
+"""The cuda engine without a GPU: every kernel compiles with NVRTC, results are cached, and what is missing is named."""
 
 import os
 import subprocess

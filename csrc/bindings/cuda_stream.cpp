@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -16,6 +17,12 @@ constexpr size_t ALIGNMENT = 128;
 /// A block takes what the last operation needed in all, so that the same layer again asks PyTorch once, not once for
 /// every piece.
 std::atomic<size_t> last_total{0};
+
+/// Every piece in memory of its own, of the size that was asked for: compute-sanitizer then sees accesses beyond it.
+bool separate_pieces() {
+  static const bool separate = std::getenv("METAL_MOE_CUDA_SEPARATE_SCRATCH") != nullptr;
+  return separate;
+}
 
 /// Made once and never freed, as the interpreter may end before the module. With the lock held.
 struct TorchCalls {
@@ -55,6 +62,10 @@ TorchScratch::~TorchScratch() {
 }
 
 BufferView TorchScratch::allocate(size_t bytes) {
+  if (separate_pieces()) {
+    add_block(std::max<size_t>(bytes, 1));
+    return {blocks_.back().get(), 0};
+  }
   bytes = (std::max<size_t>(bytes, 1) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
   total_ += bytes;
   if (blocks_.empty() || used_ + bytes > blocks_.back()->length())

@@ -27,8 +27,8 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from . import _core
-from ._validate import SHAPE_ONLY_DEVICE, choices
 from ._nvrtc import nvrtc_library
+from ._validate import SHAPE_ONLY_DEVICE, choices
 
 NAMESPACE = "metal_moe"
 CPU_ENGINE_VARIABLE = "METAL_MOE_CPU_ENGINE"

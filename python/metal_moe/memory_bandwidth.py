@@ -14,8 +14,10 @@ DEVICE_BUFFER_BYTES = 4 << 30
 def read_bandwidth(passes: int = 7, buffer_bytes: int = BUFFER_BYTES, device: torch.device | str = "cpu") -> float:
     """Bytes per second at which PyTorch reads a large buffer: the best of `passes` passes of two reductions.
 
-    On other devices than the CPU: at which it copies within the device's memory, bytes read and written. The buffer is NumPy's, which asks for huge pages where the system grants them on request: the ceiling should not
-    depend on how a model's weights happen to be allocated.
+    On other devices than the CPU: at which it copies within the device's memory, bytes read and written.
+
+    The CPU's buffer is NumPy's, which asks for huge pages where the system grants them on request: the ceiling should
+    not depend on how a model's weights happen to be allocated.
     """
     if torch.device(device).type != "cpu":
         return _copy_bandwidth(passes, torch.device(device))

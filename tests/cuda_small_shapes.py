@@ -1,0 +1,61 @@
+"""Runs every kernel of the cuda engine once at a small, uneven shape: the program that compute-sanitizer checks.
+
+    compute-sanitizer --tool memcheck python tests/cuda_small_shapes.py
+
+Set PYTORCH_NO_CUDA_MEMORY_CACHING=1 and METAL_MOE_CUDA_SEPARATE_SCRATCH=1 (tools/cuda_checks.sh does), so that every
+tensor and every piece of scratch is an allocation whose bounds the tool knows. Ends with status 1 where a result is
+wrong or a kernel of the table has not run.
+"""
+
+import sys
+
+import metal_moe
+import torch
+from cases import DTYPES, FAMILIES, PRECISIONS, assert_close, make_layer
+
+ran: set[str] = set()
+
+
+def to_cuda(value):
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def run_layer(family: str, tokens: int, hidden: int, intermediate: int, dtype: str, acc: bool, **options) -> None:
+    layer = make_layer(tokens, hidden, intermediate, 5, 2, DTYPES[dtype], use_fp32_acc=acc, shared=1, **options)
+    expected, tolerance = layer.reference(), layer.tolerance()
+    for name in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids"):
+        setattr(layer, name, to_cuda(getattr(layer, name)))
+    layer.options = {name: to_cuda(value) for name, value in layer.options.items()}
+    out = layer.run(kernel=family)
+    ran.update(metal_moe.last_dispatch()["kernels"])
+    assert_close(out.cpu(), expected, f"{layer} {family}", tolerance)
+
+
+def main() -> int:
+    for family in FAMILIES:
+        shapes = [(72, 40)] if family == "moe_simd" else [(72, 40), (67, 35)]
+        # Rows per expert decide the row tile: 8, 16 and 32 where a family has them.
+        tokens = {"moe_decode": [2], "moe_prefill4": [9], "moe_base": [9]}.get(family, [9, 30, 70])
+        for dtype, acc in PRECISIONS:
+            for hidden, intermediate in shapes:
+                for count in tokens:
+                    run_layer(family, count, hidden, intermediate, dtype, acc, bias=True, routing="dropped")
+                    run_layer(family, count, hidden, intermediate, dtype, acc, activation="relu2")
+    logits = torch.randn(37, 70, device="cuda")
+    for scoring in ("softmax", "sigmoid", "sqrt_softplus", "topk_softmax"):
+        _, ids = metal_moe.fused_topk(logits, 6, scoring=scoring, num_expert_group=7, topk_group=3)
+        ran.update(metal_moe.last_dispatch()["kernels"])
+    metal_moe.group_tokens(ids, 70)
+    metal_moe.group_tokens(ids, 70, capacity=5)
+    ran.update(metal_moe.last_dispatch()["kernels"])
+    weights = torch.randn(70, 33, device="cuda", dtype=torch.float16)
+    assert torch.equal(metal_moe.gather_experts(weights, ids[:, 0]), weights[ids[:, 0].long()])
+    ran.update(metal_moe.last_dispatch()["kernels"])
+    torch.cuda.synchronize()
+    missing = sorted({kernel["name"] for kernel in metal_moe.kernels("cuda")} - ran)
+    print(f"{len(ran)} kernels ran" + (f"; not {missing}" if missing else ""))
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
