@@ -82,6 +82,17 @@ void* open_nvrtc() {
                            NVRTC_VARIABLE);
 }
 
+/// NVRTC asks for its second library by name, which only the loader's own places answer: load it from beside the first.
+void load_builtins(void* nvrtc_function) {
+  Dl_info info;
+  if (!dladdr(nvrtc_function, &info) || !info.dli_fname)
+    return;
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(fs::path(info.dli_fname).parent_path(), error))
+    if (entry.path().filename().string().starts_with("libnvrtc-builtins.so."))
+      dlopen(entry.path().c_str(), RTLD_NOW | RTLD_LOCAL); // where it fails NVRTC says so
+}
+
 Nvrtc load_nvrtc() {
   void* library = open_nvrtc();
   const auto find = [&](auto& function, const char* name) {
@@ -100,6 +111,7 @@ Nvrtc load_nvrtc() {
   find(nvrtc.cubin, "nvrtcGetCUBIN");
   find(nvrtc.destroy, "nvrtcDestroyProgram");
   find(nvrtc.error_text, "nvrtcGetErrorString");
+  load_builtins(reinterpret_cast<void*>(nvrtc.version));
   return nvrtc;
 }
 

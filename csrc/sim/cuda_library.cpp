@@ -1,10 +1,12 @@
 #include "cuda_library.h"
 
 #include <algorithm>
+#include <charconv>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
+#include <string_view>
 
 namespace metal_sim {
 namespace {
@@ -26,6 +28,17 @@ std::vector<fs::path> files_of(const fs::path& path) {
   if (files.empty())
     throw std::runtime_error("no kernels for the cuda engine: " + (path / "cuda").string() + " holds no .cu file");
   return files;
+}
+
+std::vector<std::string_view> split(std::string_view line) {
+  std::vector<std::string_view> words;
+  while (!line.empty()) {
+    const size_t end = std::min(line.find(' '), line.size());
+    if (end > 0)
+      words.push_back(line.substr(0, end));
+    line.remove_prefix(std::min(end + 1, line.size()));
+  }
+  return words;
 }
 
 } // namespace
@@ -60,37 +73,32 @@ CudaLibrary::CudaLibrary(const std::string& path) {
 }
 
 void CudaLibrary::read(std::unique_ptr<CudaSource> source) {
-  const auto refuse = [&](const std::string& line) {
-    throw std::runtime_error(source->name + ": not a source of the cuda engine: '" + line + "'");
-  };
-  std::istringstream text(source->text);
-  std::string line;
-  while (std::getline(text, line) && line.starts_with(MARK)) {
-    std::istringstream words(line.substr(sizeof MARK - 1));
-    std::string kind, access, name;
-    words >> kind;
-    if (kind == "kernel") {
+  const std::string_view text = source->text;
+  for (size_t place = 0; text.substr(place).starts_with(MARK);) {
+    const size_t end = std::min(text.find('\n', place), text.size());
+    const std::string_view line = text.substr(place, end - place);
+    place = std::min(end + 1, text.size());
+    const std::vector<std::string_view> words = split(line.substr(sizeof MARK - 1));
+    if (words.size() == 2 && words[0] == "kernel") {
       auto kernel = std::make_unique<CudaKernel>();
-      words >> kernel->host_name;
+      kernel->host_name = words[1];
       kernel->source = source.get();
-      kernel->max_total_threads_per_threadgroup = 0;
       kernels_.push_back(std::move(kernel));
-    } else {
-      uint32_t index = MAX_BUFFERS;
-      words >> index >> access >> name;
-      const bool threadgroup = kind == "threadgroup";
-      if (kernels_.empty() || index >= (threadgroup ? MAX_THREADGROUP_ARGUMENTS : MAX_BUFFERS) ||
-          (!threadgroup && kind != "buffer" && kind != "value"))
-        refuse(line);
-      CudaKernel& kernel = *kernels_.back();
-      // The alignment of what a pointer points to is the compiler's knowledge: not checked.
-      kernel.argument_table.push_back(
-          {threadgroup ? ArgumentKind::Threadgroup : ArgumentKind::Buffer, index, 1, access == "write", nullptr});
-      kernel.argument_names.push_back(name);
-      kernel.by_value.push_back(kind == "value");
+      continue;
     }
-    if (!words)
-      refuse(line);
+    uint32_t index = MAX_BUFFERS;
+    if (words.size() == 4)
+      std::from_chars(words[1].data(), words[1].data() + words[1].size(), index);
+    const bool threadgroup = !words.empty() && words[0] == "threadgroup";
+    if (kernels_.empty() || index >= (threadgroup ? MAX_THREADGROUP_ARGUMENTS : MAX_BUFFERS) ||
+        (!threadgroup && words[0] != "buffer" && words[0] != "value"))
+      throw std::runtime_error(source->name + ": not a source of the cuda engine: '" + std::string(line) + "'");
+    CudaKernel& kernel = *kernels_.back();
+    // The alignment of what a pointer points to is the compiler's knowledge: not checked.
+    kernel.argument_table.push_back(
+        {threadgroup ? ArgumentKind::Threadgroup : ArgumentKind::Buffer, index, 1, words[2] == "write", nullptr});
+    kernel.argument_names.emplace_back(words[3]);
+    kernel.by_value.push_back(words[0] == "value");
   }
   sources_.push_back(std::move(source));
 }
