@@ -21,7 +21,8 @@ FAMILIES = ["moe_decode", "moe_prefill4", "moe_base", "moe_large_batch", "moe_si
 # (dtype, use_fp32_acc): fp16 is the one dtype with accumulation of its own width.
 PRECISIONS = [("fp32", True), ("fp16", True), ("bf16", True), ("fp16", False)]
 
-# Engines of the device that the tests run on (conftest.py).
+# What the tests run on (conftest.py): the device, and the engines that may compute there.
+DEVICE = torch.device("cpu")
 ENGINES = ["native", "exact"]
 
 # Every edge of the selection table (1 | 2..16 | 17..32 | 33..) and of the row tiles 4, 8, 16, 32.
@@ -55,6 +56,16 @@ class Layer:
         return metal_moe.fused_experts(
             self.hidden_states, self.w1, self.w2, self.topk_weights, self.topk_ids, **{**self.options, **overrides}
         )
+
+    def to(self, device: torch.device) -> Layer:
+        """The same layer with its tensors on `device`."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        options = {name: move(value) for name, value in self.options.items()}
+        tensors = (self.hidden_states, self.w1, self.w2, self.topk_weights, self.topk_ids)
+        return Layer(*map(move, tensors), options)
 
     def reference(self) -> np.ndarray:
         options = {k: v for k, v in self.options.items() if k not in ("use_fp32_acc", "kernel")}

@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if device.type == "cpu":
         return
     cases.ENGINES[:] = [device.type]
+    cases.DEVICE = device
     # Memory that nobody has written, results and scratch, is NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -38,10 +39,13 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def default_engine(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """Tests start on the engine of the device, whatever the caller's environment says."""
+def default_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Tests start on the engine of the device, whatever the caller's environment says.
+
+    A module with OWN_DEVICE makes its tensors on the device itself; those of others are moved there and back.
+    """
     monkeypatch.delenv("METAL_MOE_CPU_ENGINE", raising=False)
-    if device.type != "cpu":
+    if device.type != "cpu" and not getattr(request.module, "OWN_DEVICE", False):
         on_device.patch(monkeypatch, device)
 
 

@@ -16,7 +16,7 @@ import torch
 
 def to_double(tensor: torch.Tensor | None) -> np.ndarray | None:
     """The exact values of a tensor of any float dtype."""
-    return None if tensor is None else tensor.detach().double().numpy()
+    return None if tensor is None else tensor.detach().double().cpu().numpy()
 
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import FAMILIES, assert_close, make_layer
 
+OWN_DEVICE = True
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -16,21 +17,9 @@ def needs_cuda_tests(device):
         pytest.skip("run with --device cuda")
 
 
-@pytest.fixture(autouse=True)
-def unmoved(device, default_engine, monkeypatch):
-    """These tests have CUDA tensors of their own."""
-    import on_device
-
-    on_device.unpatch(monkeypatch)
-
-
 def cuda_layer(tokens, dtype=torch.bfloat16, hidden=128, intermediate=96, experts=8, top_k=2, **options):
     layer = make_layer(tokens, hidden, intermediate, experts, top_k, dtype, **options)
-    expected = layer.reference()
-    for name in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids"):
-        setattr(layer, name, getattr(layer, name).cuda())
-    layer.options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in layer.options.items()}
-    return layer, expected
+    return layer.to(torch.device("cuda")), layer.reference()
 
 
 def spin(milliseconds: int) -> None:
@@ -46,7 +35,7 @@ def test_results_stay_on_the_device(family, dtype, tokens):
     assert out.is_cuda and out.dtype == dtype
     ran = metal_moe.last_dispatch()
     assert (ran["engine"], ran["commits"]) == ("cuda", 1)
-    assert_close(out.cpu(), expected, f"{layer} {family}")
+    assert_close(out, expected, f"{layer} {family}")
 
 
 def test_nothing_waits():
@@ -57,7 +46,7 @@ def test_nothing_waits():
     spin(200)
     out = layer.run()
     assert not torch.cuda.current_stream().query(), "the call waited for the stream"
-    assert_close(out.cpu(), expected, layer)
+    assert_close(out, expected, layer)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
@@ -75,7 +64,7 @@ def test_current_stream(tokens):
         layer.hidden_states = late
         out = layer.run()
     stream.synchronize()
-    assert_close(out.cpu(), expected, layer)
+    assert_close(out, expected, layer)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 20, 70])
@@ -116,7 +105,7 @@ def test_first_use_in_a_graph():
     with torch.cuda.graph(graph):
         out = layer.run(kernel="moe_prefill4", use_fp32_acc=False)
     graph.replay()
-    assert_close(out.cpu(), expected, layer, layer.tolerance())
+    assert_close(out, expected, layer, layer.tolerance())
 
 
 def test_from_a_thread_that_has_not_used_cuda():
@@ -130,7 +119,7 @@ def test_from_a_thread_that_has_not_used_cuda():
     thread.start()
     thread.join()
     torch.cuda.synchronize()
-    assert_close(results[0].cpu(), expected, layer)
+    assert_close(results[0], expected, layer)
 
 
 def test_several_streams_at_once():
@@ -146,13 +135,13 @@ def test_several_streams_at_once():
                 results.append((layer.run(), expected))
     torch.cuda.synchronize()
     for out, expected in results:
-        assert_close(out.cpu(), expected)
+        assert_close(out, expected)
 
 
 def test_more_threadgroups_than_a_launch_takes():
     """65535 threadgroups in y are CUDA's limit; `combine` has one per token, `gather_experts` one per id."""
     layer, expected = cuda_layer(70_000, hidden=8, intermediate=8, experts=4, top_k=1)
-    assert_close(layer.run().cpu(), expected, layer)
+    assert_close(layer.run(), expected, layer)
     weights = torch.randn(5, 3, device="cuda")
     ids = torch.randint(0, 5, (70_000,), device="cuda")
     assert torch.equal(metal_moe.gather_experts(weights, ids), weights[ids])
@@ -171,7 +160,7 @@ def test_compiled():
         lambda x: metal_moe.fused_experts(x * 2, layer.w1, layer.w2, layer.topk_weights, layer.topk_ids)
     )
     out = compiled(layer.hidden_states / 2)
-    assert_close(out.cpu(), expected, layer)
+    assert_close(out, expected, layer)
 
 
 def test_operator_check():

@@ -2,22 +2,32 @@
 
 import threading
 
+import cases
 import metal_moe
 import pytest
 import torch
-from cases import assert_close, make_layer
+from cases import assert_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+OWN_DEVICE = True
 OPERATORS = ["fused_experts", "fused_moe", "fused_topk", "group_tokens", "gather_experts"]
+
+
+def make_layer(*sizes, **options):
+    return cases.make_layer(*sizes, **options).to(cases.DEVICE)
 
 
 def samples(tokens=6, dtype=torch.float32, **options):
     """Positional and keyword arguments of every operator."""
     layer = make_layer(tokens, 24, 16, 8, 2, dtype, bias=True, shared=1, shared_weights=True, **options)
-    logits = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(1)).to(cases.DEVICE)
     experts = (layer.hidden_states, layer.w1, layer.w2)
-    routing = {"scoring": "sigmoid", "correction_bias": torch.linspace(-0.1, 0.1, 8), "routed_scaling_factor": 1.8}
+    routing = {
+        "scoring": "sigmoid",
+        "correction_bias": torch.linspace(-0.1, 0.1, 8, device=cases.DEVICE),
+        "routed_scaling_factor": 1.8,
+    }
     return {
         "fused_experts": ((*experts, layer.topk_weights, layer.topk_ids), layer.options),
         "fused_moe": ((*experts, logits, 2), {**routing, **layer.options}),
@@ -50,7 +60,7 @@ def test_opcheck(name, tokens):
 @pytest.mark.parametrize("name", ["fused_experts", "fused_moe"])
 def test_opcheck_of_half_types_and_strides(name, dtype):
     args, kwargs = samples(5, dtype, activation="swiglu_clamp", interleaved=True)[name]
-    wide = torch.zeros(10, 40, dtype=dtype)
+    wide = torch.zeros(10, 40, dtype=dtype, device=cases.DEVICE)
     view = wide[::2, 3:27].copy_(args[0])
     torch.library.opcheck(getattr(torch.ops.metal_moe, name), (view, *args[1:]), kwargs)
 
@@ -109,10 +119,10 @@ def test_compile_fullgraph(backend, dynamic):
     torch.manual_seed(0)
     torch._dynamo.reset()
     layer = make_layer(6, 24, 16, 8, 2)
-    block = Block(layer)
+    block = Block(layer).to(cases.DEVICE)
     compiled = torch.compile(block, fullgraph=True, backend=backend, dynamic=dynamic)
     for tokens in (6, 1, 33):
-        x = torch.randn(tokens, 24)
+        x = torch.randn(tokens, 24, device=cases.DEVICE)
         assert torch.equal(compiled(x), block(x))
 
 
@@ -123,8 +133,8 @@ def test_compile_group_and_gather():
         groups = metal_moe.group_tokens(ids, 8, row_tile=4, shared_experts=1, capacity=5)
         return groups.offsets + 1, groups.padded, metal_moe.gather_experts(weights, ids[:, 0])
 
-    ids = torch.randint(0, 8, (7, 2), generator=torch.Generator().manual_seed(0))
-    weights = torch.randn(8, 3, 5)
+    ids = torch.randint(0, 8, (7, 2), generator=torch.Generator().manual_seed(0)).to(cases.DEVICE)
+    weights = torch.randn(8, 3, 5, device=cases.DEVICE)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(compiled(ids, weights), run(ids, weights), strict=True))
 
@@ -216,6 +226,7 @@ def test_inputs_are_not_modified_and_outputs_are_new():
         assert not any(result.untyped_storage().data_ptr() in storages for result in results), name
 
 
+@pytest.mark.skipif("cases.DEVICE.type != 'cpu'", reason="a call returns before the kernels run")
 def test_other_threads_run_python_meanwhile():
     """The GIL is free while kernels run: a counter in another thread advances during one long call."""
     layer = make_layer(256, 512, 512, 8, 4, torch.bfloat16)
