@@ -218,7 +218,7 @@ def experts(
     """out[t] = sum over slots of weight * expert(x[t]), plus the shared experts; ids outside 0..E-1 add nothing."""
     x = to_double(hidden_states)
     weights = to_double(topk_weights)
-    ids = topk_ids.numpy()
+    ids = topk_ids.cpu().numpy()
     form = {"activation": activation, "interleaved": interleaved, "alpha": alpha, "limit": limit}
     out = np.zeros((x.shape[0], w2.shape[1]))
     for expert in range(w1.shape[0]):

@@ -105,7 +105,7 @@ def test_first_use_in_a_graph():
     with torch.cuda.graph(graph):
         out = layer.run(kernel="moe_prefill4", use_fp32_acc=False)
     graph.replay()
-    assert_close(out, expected, layer, layer.tolerance())
+    assert_close(out, expected, layer)
 
 
 def test_from_a_thread_that_has_not_used_cuda():

@@ -7,6 +7,8 @@ import pytest
 import torch
 from cases import make_layer
 
+of_the_pool = pytest.mark.skipif("cases.DEVICE.type == 'cuda'", reason="PyTorch keeps the scratch of CUDA devices")
+
 
 @pytest.fixture
 def trimmed():
@@ -14,6 +16,7 @@ def trimmed():
     return metal_moe.pool_stats()
 
 
+@of_the_pool
 def test_scratch_is_reused(trimmed):
     layers = [make_layer(tokens, 64, 48, 8, 2, torch.bfloat16) for tokens in (1, 5, 20, 70)]
     for layer in layers:
@@ -37,6 +40,7 @@ def test_nothing_stays_in_use(tokens):
     assert stats["bytes_in_use"] == 0 and stats["buffers_in_use"] == 0
 
 
+@of_the_pool
 def test_trim_gives_memory_back():
     layer = make_layer(40, 64, 48, 8, 2)
     expected = layer.run()
@@ -46,6 +50,7 @@ def test_trim_gives_memory_back():
     assert torch.equal(layer.run(), expected)
 
 
+@of_the_pool
 def test_high_water_covers_what_a_call_needs(trimmed):
     """At least the intermediate and the sorted rows of the layer; not much more than what has been idle since."""
     layer = make_layer(64, 128, 96, 4, 2)
@@ -70,6 +75,7 @@ def child(layer, connection):
     connection.send(layer.run().double().sum().item())
 
 
+@pytest.mark.skipif("cases.DEVICE.type == 'cuda'", reason="CUDA does not run in a forked process")
 def test_a_forked_process_computes():
     """A data loader's worker is forked from a process whose engine threads it does not have."""
     layer = make_layer(40, 512, 384, 8, 2)
