@@ -1,6 +1,7 @@
 """Layers of real models beside PyTorch's own ways to compute them: time, fraction of the floor, ratio.
 
-    python bench/moe_layer.py [--model glm qwen3 mixtral] [--tokens 1 4 16 32 128] [--json FILE] [--plot FILE]
+    python bench/moe_layer.py [--device cuda] [--model glm qwen3 mixtral] [--tokens 1 4 16 32 128] [--json FILE]
+        [--plot FILE]
 
 The experts of a layer, given routes, without the shared ones. In every round each implementation runs once, in turn, so
 that what else the machine does falls on all alike; the time of each is the median of the rounds and the ratio is the
@@ -14,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import metal_moe
@@ -23,18 +25,47 @@ from metal_moe.cli.demo import TOLERANCES
 from metal_moe.cli.text import DTYPES, Progress, milliseconds, table
 from metal_moe.memory_bandwidth import read_bandwidth
 from metal_moe.timing import median_seconds, synchronize
+from torch import Tensor
 
 MODELS = {"glm": layers.GLM_4_7_FLASH, "qwen3": layers.QWEN3_30B_A3B, "mixtral": layers.MIXTRAL_8X7B}
 # Tokens checked against float64, spread over the batch: a reference of all would take longer than the benchmark.
 CHECKED_TOKENS = 4
 MATMUL = 2048, 4096, 4096
+# A GPU needs more of it to fill all its cores.
+DEVICE_MATMUL = 8192, 8192, 8192
+# Distinct inputs of a CUDA graph.
+GRAPH_INPUTS = 8
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second of PyTorch's matrix product, large enough to be bound by arithmetic."""
-    m, n, k = MATMUL
-    a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-    return 2 * m * n * k / median_seconds(lambda: a @ b.T, budget=1.0, at_most=10)
+    m, n, k = MATMUL if device.type == "cpu" else DEVICE_MATMUL
+    a, b = torch.randn(m, k).to(device, dtype), torch.randn(n, k).to(device, dtype)
+    return 2 * m * n * k / median_seconds(lambda: a @ b.T, device, budget=1.0, at_most=10)
+
+
+def graph_seconds(run: Callable[[Tensor], object], inputs: list[Tensor], replays: int = 20) -> float:
+    """Time of a call in a CUDA graph of one call per input: the median replay over the number of inputs.
+
+    Several inputs choose several experts, so that weights come from memory and not from the last call's cache.
+    """
+    for x in inputs:
+        run(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x in inputs:
+            run(x)
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3 / len(inputs))
+    return statistics.median(times)
 
 
 def measure(layer: layers.Layer, tokens: int, rounds: int, kernel: str | None, floors: tuple[float, float]) -> dict:
@@ -64,12 +95,31 @@ def measure(layer: layers.Layer, tokens: int, rounds: int, kernel: str | None, f
             if round_number > 0:  # the first one warms up
                 times[name].append(time.perf_counter() - start)
     seconds = {name: statistics.median(values) for name, values in times.items()}
+    if hidden_states.is_cuda:
+        routes = []
+        for seed in range(GRAPH_INPUTS):
+            x = layer.hidden_states(tokens, seed=1000 + seed)
+            routes.append((x, *metal_moe.fused_topk(layer.router_logits(x), shape.top_k, **layer.routing())))
+        by_input = {id(x): route for x, *route in routes}
+        seconds["graph"] = graph_seconds(
+            lambda x: metal_moe.fused_experts(x, layer.w1, layer.w2, *by_input[id(x)], kernel=kernel),
+            [x for x, *_ in routes],
+        )
+        moved_by_graph = statistics.mean(
+            (ids.unique().numel() * shape.expert_parameters() + 2 * tokens * shape.hidden) * layer.dtype.itemsize
+            for *_, ids in routes
+        )
     ratios = [min(others) / ours for ours, *others in zip(*times.values(), strict=True)]
     used = ids.unique().numel()
     moved = (used * shape.expert_parameters() + 2 * tokens * shape.hidden) * layer.dtype.itemsize
     operations = 2 * tokens * shape.top_k * shape.expert_parameters()
     floor = max(moved / floors[0], operations / floors[1])
+    graph = {}
+    if "graph" in seconds:
+        graph_floor = max(moved_by_graph / floors[0], operations / floors[1])
+        graph = {"graph_floor_seconds": graph_floor, "graph_floor_fraction": graph_floor / seconds["graph"]}
     return {
+        **graph,
         "model": shape.name,
         "tokens": tokens,
         "experts_hit": used,
@@ -103,6 +153,8 @@ def render(result: dict) -> str:
                 milliseconds(seconds["grouped_mm"]) if "grouped_mm" in seconds else "-",
                 f"{row['best_peer_over_ours']:.2f}x",
                 f"{row['relative_error']:.1e}",
+                milliseconds(seconds["graph"]) if "graph" in seconds else "-",
+                f"{row['graph_floor_fraction']:.0%}" if "graph" in seconds else "-",
             ]
         )
     headings = [
@@ -117,6 +169,8 @@ def render(result: dict) -> str:
         "grouped_mm",
         "ratio",
         "error",
+        "graph ms",
+        "of floor",
     ]
     return (
         f"{result['device']['name']}, {result['dtype']}, {result['threads']} threads; memory reads "
@@ -152,6 +206,7 @@ def plot(result: dict, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda (default: cpu)")
     parser.add_argument("--model", choices=MODELS, nargs="+", default=["glm", "qwen3"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 32, 128])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -164,16 +219,16 @@ def main() -> int:
     results = []
     with Progress() as progress:
         progress("measuring memory bandwidth and matmul rate")
-        floors = read_bandwidth(), matmul_rate(dtype)
+        floors = read_bandwidth(device=options.device), matmul_rate(dtype, options.device)
         for model in options.model:
             progress(f"{model}: drawing weights")
-            layer = layers.make_layer(MODELS[model], dtype)
+            layer = layers.make_layer(MODELS[model], dtype, options.device)
             for tokens in options.tokens:
                 progress(f"{model}: {tokens} tokens")
                 results.append(measure(layer, tokens, options.rounds, options.kernel, floors))
             del layer
     result = {
-        "device": metal_moe.device_info(),
+        "device": metal_moe.device_info(options.device),
         "versions": {"metal_moe": metal_moe.__version__, "torch": torch.__version__},
         "dtype": options.dtype,
         "threads": metal_moe.get_num_threads(),
