@@ -2,12 +2,13 @@
 
 import multiprocessing
 
+import cases
 import metal_moe
 import pytest
 import torch
 from cases import make_layer
 
-of_the_pool = pytest.mark.skipif("cases.DEVICE.type == 'cuda'", reason="PyTorch keeps the scratch of CUDA devices")
+of_the_pool = pytest.mark.skipif(cases.DEVICE.type == "cuda", reason="PyTorch keeps the scratch of CUDA devices")
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def child(layer, connection):
     connection.send(layer.run().double().sum().item())
 
 
-@pytest.mark.skipif("cases.DEVICE.type == 'cuda'", reason="CUDA does not run in a forked process")
+@pytest.mark.skipif(cases.DEVICE.type == "cuda", reason="CUDA does not run in a forked process")
 def test_a_forked_process_computes():
     """A data loader's worker is forked from a process whose engine threads it does not have."""
     layer = make_layer(40, 512, 384, 8, 2)

@@ -226,7 +226,7 @@ def test_inputs_are_not_modified_and_outputs_are_new():
         assert not any(result.untyped_storage().data_ptr() in storages for result in results), name
 
 
-@pytest.mark.skipif("cases.DEVICE.type != 'cpu'", reason="a call returns before the kernels run")
+@pytest.mark.skipif(cases.DEVICE.type != "cpu", reason="a call returns before the kernels run")
 def test_other_threads_run_python_meanwhile():
     """The GIL is free while kernels run: a counter in another thread advances during one long call."""
     layer = make_layer(256, 512, 512, 8, 4, torch.bfloat16)
