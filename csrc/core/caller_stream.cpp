@@ -28,8 +28,7 @@ NS::SharedPtr<MTL::ComputeCommandEncoder> open_encoder(MTL::CommandBuffer* comma
 } // namespace
 
 CallerStream::CallerStream(Context& context, void* handle, CommandStream::Allocate allocate)
-    : commands_(command_buffer_on(context, handle)),
-      encoder_(open_encoder(commands_.get())),
+    : commands_(command_buffer_on(context, handle)), encoder_(open_encoder(commands_.get())),
       stream_(commands_.get(), encoder_.get(), context.pool(), std::move(allocate)) {}
 
 CallerStream::~CallerStream() {
