@@ -18,7 +18,7 @@
 #include <metal_simdgroup_matrix>
 
 constexpr constant uint GEMM_LANE_SIMDGROUPS = simdgroups(GEMM_SIMDGROUPS, SIMD_WIDTH);
-constexpr constant uint FP16_RUN = 4 * 8;
+constexpr constant uint FP16_RUN = 16;
 
 /// The weight rows of one expert: matrix m, column n is row n * column_step + m * matrix_step.
 template <typename T>

@@ -78,7 +78,7 @@ def fused_experts(
         shared_w1: [N, 2Is, H] ("relu2": [N, Is, H]), contiguous: N shared experts, which every token uses.
         shared_w2: [N, H, Is], contiguous; given together with `shared_w1`.
         shared_weights: [T, N] float32, float16 or bfloat16, any strides: weights of the shared experts; None: 1.
-        use_fp32_acc: accumulate in float32. False, where dtype is float16: sums of up to 32 products are kept in
+        use_fp32_acc: accumulate in float32. False, where dtype is float16: sums of up to 16 products are kept in
             float16 and added up in float32, which doubles or triples the error. bfloat16 and float32 always accumulate
             in float32.
         kernel: force a kernel family, one of "moe_decode", "moe_prefill4", "moe_base", "moe_large_batch", "moe_simd",

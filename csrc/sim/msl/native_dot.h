@@ -26,7 +26,7 @@ METAL_FUNC Float8 dot_load(const T* from) {
 constexpr uint DOT_LANES = sizeof(DotVector) / sizeof(float);
 
 /// Vectors of products whose sum is kept in fp16 before it is added in fp32, where accumulation is in fp16.
-constexpr uint FP16_VECTORS = 4;
+constexpr uint FP16_VECTORS = 2;
 
 /// acc[r][c] += w[r] . x[c] over whole vectors of K, lane by lane; returns where it stopped. Meanwhile asks memory for
 /// the rows `next` elements further on, which the caller reads next: the processor's own prefetching ends with each
