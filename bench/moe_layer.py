@@ -3,11 +3,12 @@
     python bench/moe_layer.py [--device cuda] [--model glm qwen3 mixtral] [--tokens 1 4 16 32 128] [--json FILE]
         [--plot FILE]
 
-The experts of a layer, given routes, without the shared ones. In every round each implementation runs once, in turn, so
-that what else the machine does falls on all alike; the time of each is the median of the rounds and the ratio is the
-median of the rounds' ratios. The floor is the larger of the bytes of the experts hit over the read bandwidth, and of
+The experts of a layer, given routes, without the shared ones. In every round each implementation runs once, in turn,
+so that what else the machine does falls on all alike, each on another of several inputs, so that none finds its
+weights in the cache because the one before it read them. Times are medians of the rounds; on CUDA devices there is
+also the time in a CUDA graph. The floor is the larger of the bytes of the experts hit over the read bandwidth, and of
 the operations over the rate of a large matrix product of the same dtype, both measured in the same run. A result that
-is not within tolerance of float64, ends the run with status 1.
+is not within tolerance of float64 ends the run with status 1.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import metal_moe
@@ -33,8 +35,12 @@ CHECKED_TOKENS = 4
 MATMUL = 2048, 4096, 4096
 # A GPU needs more of it to fill all its cores.
 DEVICE_MATMUL = 8192, 8192, 8192
-# Distinct inputs of a CUDA graph.
-GRAPH_INPUTS = 8
+# Distinct inputs in turn: they choose different experts, whose weights then come from memory, not from the last call's
+# cache (as far as the experts of all of them exceed it).
+INPUTS = 8
+
+Call = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""hidden_states, w1, w2, topk_weights, topk_ids"""
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -44,18 +50,15 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * m * n * k / median_seconds(lambda: a @ b.T, device, budget=1.0, at_most=10)
 
 
-def graph_seconds(run: Callable[[Tensor], object], inputs: list[Tensor], replays: int = 20) -> float:
-    """Time of a call in a CUDA graph of one call per input: the median replay over the number of inputs.
-
-    Several inputs choose several experts, so that weights come from memory and not from the last call's cache.
-    """
-    for x in inputs:
-        run(x)
+def graph_seconds(run: Callable[[Call], object], calls: list[Call], replays: int = 20) -> float:
+    """Time of a call in a CUDA graph of all calls: the median replay over their number."""
+    for call in calls:
+        run(call)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for x in inputs:
-            run(x)
+        for call in calls:
+            run(call)
     graph.replay()
     times = []
     for _ in range(replays):
@@ -64,74 +67,59 @@ def graph_seconds(run: Callable[[Tensor], object], inputs: list[Tensor], replays
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3 / len(inputs))
+        times.append(start.elapsed_time(end) * 1e-3 / len(calls))
     return statistics.median(times)
 
 
 def measure(layer: layers.Layer, tokens: int, rounds: int, kernel: str | None, floors: tuple[float, float]) -> dict:
     shape = layer.shape
-    hidden_states = layer.hidden_states(tokens, seed=tokens)
-    weights, ids = metal_moe.fused_topk(layer.router_logits(hidden_states), shape.top_k, **layer.routing())
-    arguments = (hidden_states, layer.w1, layer.w2, weights, ids)
-    implementations = {"metal_moe": lambda: metal_moe.fused_experts(*arguments, kernel=kernel)}
-    long_ids = ids.long()
-    peers = {"loop": baselines.expert_loop}
-    if baselines.grouped_matmul_runs(layer.w1.device, layer.dtype):
-        peers["grouped_mm"] = baselines.grouped_matmul
-    for name, peer in peers.items():
-        implementations[name] = lambda peer=peer: peer(*arguments[:4], long_ids)
+    calls: list[Call] = []
+    for seed in range(INPUTS):
+        x = layer.hidden_states(tokens, seed)
+        weights, ids = metal_moe.fused_topk(layer.router_logits(x), shape.top_k, **layer.routing())
+        calls.append((x, layer.w1, layer.w2, weights, ids))
 
+    def ours(call: Call) -> Tensor:
+        return metal_moe.fused_experts(*call, kernel=kernel)
+
+    implementations = {"metal_moe": ours, "loop": lambda call: baselines.expert_loop(*call)}
+    if baselines.grouped_matmul_runs(layer.w1.device, layer.dtype):
+        implementations["grouped_mm"] = lambda call: baselines.grouped_matmul(*call)
+
+    x, w1, w2, weights, ids = calls[0]
     checked = sorted({round(i * (tokens - 1) / max(1, CHECKED_TOKENS - 1)) for i in range(CHECKED_TOKENS)})
-    expected = reference.experts(hidden_states[checked], layer.w1, layer.w2, weights[checked], ids[checked])
-    error = reference.relative_error(implementations["metal_moe"]()[checked], expected)
+    expected = reference.experts(x[checked], w1, w2, weights[checked], ids[checked])
+    error = reference.relative_error(ours(calls[0])[checked], expected)
     ran = metal_moe.last_dispatch()
 
     times: dict[str, list[float]] = {name: [] for name in implementations}
-    for round_number in range(rounds + 1):
-        for name, run in implementations.items():
+    for round_number in range(-1, rounds):
+        for place, (name, run) in enumerate(implementations.items()):
+            call = calls[(round_number + 3 * place) % INPUTS]
             start = time.perf_counter()
-            run()
-            synchronize(hidden_states.device)
-            if round_number > 0:  # the first one warms up
+            run(call)
+            synchronize(x.device)
+            if round_number >= 0:  # the first one warms up
                 times[name].append(time.perf_counter() - start)
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    if hidden_states.is_cuda:
-        routes = []
-        for seed in range(GRAPH_INPUTS):
-            x = layer.hidden_states(tokens, seed=1000 + seed)
-            routes.append((x, *metal_moe.fused_topk(layer.router_logits(x), shape.top_k, **layer.routing())))
-        by_input = {id(x): route for x, *route in routes}
-        seconds["graph"] = graph_seconds(
-            lambda x: metal_moe.fused_experts(x, layer.w1, layer.w2, *by_input[id(x)], kernel=kernel),
-            [x for x, *_ in routes],
-        )
-        moved_by_graph = statistics.mean(
-            (ids.unique().numel() * shape.expert_parameters() + 2 * tokens * shape.hidden) * layer.dtype.itemsize
-            for *_, ids in routes
-        )
-    ratios = [min(others) / ours for ours, *others in zip(*times.values(), strict=True)]
-    used = ids.unique().numel()
-    moved = (used * shape.expert_parameters() + 2 * tokens * shape.hidden) * layer.dtype.itemsize
-    operations = 2 * tokens * shape.top_k * shape.expert_parameters()
-    floor = max(moved / floors[0], operations / floors[1])
-    graph = {}
-    if "graph" in seconds:
-        graph_floor = max(moved_by_graph / floors[0], operations / floors[1])
-        graph = {"graph_floor_seconds": graph_floor, "graph_floor_fraction": graph_floor / seconds["graph"]}
+    best_peer = min(seconds[name] for name in implementations if name != "metal_moe")
+    if x.is_cuda:
+        seconds["graph"] = graph_seconds(ours, calls)
+    moved = statistics.mean(shape.moved_bytes(ids, layer.dtype) for *_, ids in calls)
+    floor = max(moved / floors[0], shape.operations(tokens) / floors[1])
     return {
-        **graph,
         "model": shape.name,
         "tokens": tokens,
-        "experts_hit": used,
+        "experts_hit": statistics.mean(ids.unique().numel() for *_, ids in calls),
         "family": ran["family"],
         "engine": ran["engine"],
         "dispatches": ran["dispatches"],
         "seconds": seconds,
-        "best_peer_over_ours": statistics.median(ratios),
+        "best_peer_over_ours": best_peer / seconds["metal_moe"],
         "bytes": moved,
-        "operations": operations,
+        "operations": shape.operations(tokens),
         "floor_seconds": floor,
-        "floor_fraction": floor / seconds["metal_moe"],
+        "floor_fraction": {name: floor / seconds[name] for name in ("metal_moe", "graph") if name in seconds},
         "relative_error": error,
     }
 
@@ -148,13 +136,13 @@ def render(result: dict) -> str:
                 milliseconds(seconds["metal_moe"]),
                 f"{row['bytes'] / seconds['metal_moe'] / 1e9:.1f}",
                 f"{row['operations'] / seconds['metal_moe'] / 1e9:.0f}",
-                f"{row['floor_fraction']:.0%}",
+                f"{row['floor_fraction']['metal_moe']:.0%}",
                 milliseconds(seconds["loop"]),
                 milliseconds(seconds["grouped_mm"]) if "grouped_mm" in seconds else "-",
                 f"{row['best_peer_over_ours']:.2f}x",
                 f"{row['relative_error']:.1e}",
                 milliseconds(seconds["graph"]) if "graph" in seconds else "-",
-                f"{row['graph_floor_fraction']:.0%}" if "graph" in seconds else "-",
+                f"{row['floor_fraction']['graph']:.0%}" if "graph" in seconds else "-",
             ]
         )
     headings = [
@@ -175,7 +163,7 @@ def render(result: dict) -> str:
     return (
         f"{result['device']['name']}, {result['dtype']}, {result['threads']} threads; memory reads "
         f"{result['read_bandwidth'] / 1e9:.1f} GB/s, matmul {result['matmul_rate'] / 1e9:.0f} GFLOP/s\n\n"
-        f"{table(headings, rows)}\n\nratio: best of loop and grouped_mm over metal_moe, same rounds."
+        f"{table(headings, rows)}\n\nratio: best of loop and grouped_mm over metal_moe."
     )
 
 
@@ -211,7 +199,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 32, 128])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--kernel", default=None, help="force a family (default: the one selected for the device)")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the full result")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (PNG, SVG, PDF)")
     options = parser.parse_args()
@@ -222,7 +210,7 @@ def main() -> int:
         floors = read_bandwidth(device=options.device), matmul_rate(dtype, options.device)
         for model in options.model:
             progress(f"{model}: drawing weights")
-            layer = layers.make_layer(MODELS[model], dtype, options.device)
+            layer = layers.make_layer(replace(MODELS[model], shared_experts=0), dtype, options.device)
             for tokens in options.tokens:
                 progress(f"{model}: {tokens} tokens")
                 results.append(measure(layer, tokens, options.rounds, options.kernel, floors))
