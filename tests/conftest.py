@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import cases
 import metal_moe
@@ -30,6 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
     cases.DEVICE = device
     # Memory that nobody has written, results and scratch, is NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Tests of one kind of device are collected where they are asked for: `--device cuda`."""
+    kind = torch.device(config.getoption("--device")).type
+    return True if collection_path.name == "test_cuda.py" and kind != "cuda" else None
 
 
 @pytest.fixture

@@ -8,13 +8,6 @@ import torch
 from cases import FAMILIES, assert_close, make_layer
 
 OWN_DEVICE = True
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def needs_cuda_tests(device):
-    if device.type != "cuda":
-        pytest.skip("run with --device cuda")
 
 
 def cuda_layer(tokens, dtype=torch.bfloat16, hidden=128, intermediate=96, experts=8, top_k=2, **options):
