@@ -34,7 +34,7 @@ struct GroupArgs {
   uint ids_slot_stride;
   uint id_words; // 32-bit words of an id: 1 int32, 2 int64
   uint row_tile;
-  uint max_tiles; // elements of the tile table: at least ceil(S / row_tile) + min(E + shared, S)
+  uint max_tiles; // elements of the tile table: at least (S + (row_tile - 1) * min(E + shared, S)) / row_tile
 };
 
 /// Threads of a threadgroup of `pad_groups`, in simdgroups.
