@@ -38,7 +38,7 @@ def test_bits_survive():
 
 
 def test_strided_ids_and_offset_weights():
-    """The first column of [T, k] ids, as the seed documents use it, and weights at an odd place in their storage."""
+    """The first column of [T, k] ids, as naive code indexes with it, and weights at an odd place in their storage."""
     weights = torch.randn(1 + 5 * 7 * 3)[1:].view(5, 7, 3)
     ids = torch.randint(0, 5, (9, 4), generator=torch.Generator().manual_seed(2))
     check_gather(weights, ids[:, 0])
