@@ -252,7 +252,6 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& 
   args.activation = layer.activation;
   args.alpha = layer.alpha;
   args.limit = layer.limit;
-  args.tiles = plan.tiles;
 
   const Vectorized aligned = vectorized(x, layer, shape, args.x_row_stride);
   if (family == Family::Simd && !(aligned.gate_up && aligned.down))

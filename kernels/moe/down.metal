@@ -13,6 +13,14 @@
 #include "gemm.h"
 #include "gemv.h"
 
+/// w2 of one expert, routed or shared.
+template <typename T>
+inline device const T* expert_w2(device const T* w2, device const T* shared_w2, uint expert,
+                                 constant ExpertsArgs& args) {
+  return dense_expert(w2, shared_w2, expert, args.experts, ulong(args.hidden) * args.intermediate,
+                      ulong(args.hidden) * args.shared_intermediate);
+}
+
 /// Rows column .. column + R - 1 of one expert's w2; past the edge the last one again, not stored.
 template <uint R, typename T>
 inline Rows<T, R> down_rows(device const T* w2, uint column, uint hidden, uint K) {
@@ -41,8 +49,7 @@ inline void down_decode_columns(device const T* h, device const T* w2, device co
       if (expert == NO_EXPERT)
         continue;
       const uint K = routed ? args.intermediate : args.shared_intermediate;
-      device const T* w = dense_expert(w2, shared_w2, expert, args.experts, ulong(args.hidden) * args.intermediate,
-                                       ulong(args.hidden) * args.shared_intermediate);
+      device const T* w = expert_w2(w2, shared_w2, expert, args);
       const SortedRows<T> rows{h + (ulong(token) * slots + slot) * args.h_row_stride, 0};
       float sum[N][1];
       dot_block<VECTORIZED, Acc>(down_rows<N>(w, column, args.hidden, K), rows, 0, K, lane, sum);
@@ -133,8 +140,7 @@ down_prefill4(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]],
     return;
   const bool routed = tile.expert < args.experts;
   const uint K = routed ? args.intermediate : args.shared_intermediate;
-  device const T* w = dense_expert(w2, shared_w2, tile.expert, args.experts, ulong(args.hidden) * args.intermediate,
-                                   ulong(args.hidden) * args.shared_intermediate);
+  device const T* w = expert_w2(w2, shared_w2, tile.expert, args);
   device const T* b = routed && args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
   device const T* from = h + ulong(tile.first_row) * args.h_row_stride;
   device float* to = y + ulong(tile.first_row) * args.out_row_stride;
@@ -160,8 +166,7 @@ down_gemm(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], dev
   using Tile = GemmTile<T, Acc, 1, ROW_TILE, TILE_N, K_BYTES, STAGE_WEIGHTS>;
 
   WeightRows<T> weights;
-  weights.base = dense_expert(w2, shared_w2, tile.expert, args.experts, ulong(args.hidden) * args.intermediate,
-                              ulong(args.hidden) * args.shared_intermediate);
+  weights.base = expert_w2(w2, shared_w2, tile.expert, args);
   weights.column_step = 1;
   weights.matrix_step = 0;
   weights.columns = args.hidden;

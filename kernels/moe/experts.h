@@ -70,7 +70,6 @@ struct ExpertsArgs {
   float alpha;
   float limit;
   uint vectorized; // 1: every row read starts at a multiple of VECTOR_BYTES and K is a multiple of 8
-  uint tiles;      // grouped: elements of the tile table = grid width
 };
 
 // Buffers.

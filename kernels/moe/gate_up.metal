@@ -15,6 +15,14 @@
 #include "gemm.h"
 #include "gemv.h"
 
+/// w1 of one expert, routed or shared.
+template <uint MATRICES, typename T>
+inline device const T* expert_w1(device const T* w1, device const T* shared_w1, uint expert,
+                                 constant ExpertsArgs& args) {
+  return dense_expert(w1, shared_w1, expert, args.experts, ulong(MATRICES * args.intermediate) * args.hidden,
+                      ulong(MATRICES * args.shared_intermediate) * args.hidden);
+}
+
 /// w1 rows of gate column n, and of its up column: see ExpertsArgs::interleaved.
 inline uint gate_row(uint n, bool interleaved) { return interleaved ? 2 * n : n; }
 inline uint up_row(uint n, uint intermediate, bool interleaved) { return interleaved ? 2 * n + 1 : intermediate + n; }
@@ -72,9 +80,7 @@ inline void gate_up_gemv(thread const Source& rows, uint count, device const T* 
                          uint simdgroup, uint lane) {
   constexpr uint MATRICES = GATED ? 2 : 1;
   const uint intermediate = expert < args.experts ? args.intermediate : args.shared_intermediate;
-  device const T* w =
-      dense_expert(w1, shared_w1, expert, args.experts, ulong(MATRICES * args.intermediate) * args.hidden,
-                   ulong(MATRICES * args.shared_intermediate) * args.hidden);
+  device const T* w = expert_w1<MATRICES>(w1, shared_w1, expert, args);
   device const T* b =
       args.has_bias && expert < args.experts ? bias + ulong(expert) * MATRICES * args.intermediate : nullptr;
   const uint end = min(first_column + GEMV_TILE_N, intermediate);
@@ -148,9 +154,7 @@ gate_up_gemm(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]], 
   using Tile = GemmTile<T, Acc, MATRICES, ROW_TILE, TILE_N, K_BYTES, STAGE_WEIGHTS>;
 
   WeightRows<T> weights;
-  weights.base =
-      dense_expert(w1, shared_w1, tile.expert, args.experts, ulong(MATRICES * args.intermediate) * args.hidden,
-                   ulong(MATRICES * args.shared_intermediate) * args.hidden);
+  weights.base = expert_w1<MATRICES>(w1, shared_w1, tile.expert, args);
   weights.column_step = GATED && args.interleaved ? 2 : 1;
   weights.matrix_step = args.interleaved ? 1 : intermediate;
   weights.columns = intermediate;

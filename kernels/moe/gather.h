@@ -11,10 +11,9 @@ SHARED_CONSTANT uint GATHER_BLOCK_BYTES = 1u << 16;
 struct GatherArgs {
   uint count;
   uint experts;
-  uint id_stride;  // elements of the id type
-  uint id_words;   // 1 int32, 2 int64
-  uint unit_bytes; // 16, 8, 4, 2 or 1: largest that divides bytes_per_expert and both buffer offsets
-  uint reserved;
+  uint id_stride;            // elements of the id type
+  uint id_words;             // 1 int32, 2 int64
+  uint unit_bytes;           // 16, 8, 4, 2 or 1: largest that divides bytes_per_expert and both buffer offsets
   uint bytes_per_expert_low; // 64-bit size in two words: MSL and the host agree on no alignment trap
   uint bytes_per_expert_high;
 };
