@@ -169,7 +169,7 @@ def test_whole_layer(exact_engine, tokens):
 def test_every_row_tile(exact_engine, family):
     """Few rows per expert to many: the row tiles that selection can choose."""
     tiles = set()
-    for tokens, experts in itertools.product((3, 12, 40, 70), (1, 8)):
+    for tokens, experts in itertools.product((3, 12, 20, 40, 70), (1, 8)):
         layer = make_layer(tokens, 16, 16, experts, 1, torch.float16)
         check(layer, kernel=family)
         tiles.add(metal_moe.last_dispatch()["row_tile"])

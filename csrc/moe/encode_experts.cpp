@@ -144,8 +144,8 @@ void Encoding::grouped() {
   stream.bind(5, tables.tiles);
   stream.bind(6, h);
   stream.bind_value(7, args);
-  if (plan.gate_up_memory)
-    stream.threadgroup_memory(0, plan.gate_up_memory);
+  if (plan.threadgroup_bytes)
+    stream.threadgroup_memory(0, plan.threadgroup_bytes);
   stream.dispatch(MTL::Size(plan.tiles, plan.gate_up_blocks, 1), threads,
                   plan.gate_up_weight_bytes + activation_bytes());
 
@@ -157,8 +157,8 @@ void Encoding::grouped() {
   stream.bind(4, tables.tiles);
   stream.bind(5, y);
   stream.bind_value(6, args);
-  if (plan.down_memory)
-    stream.threadgroup_memory(0, plan.down_memory);
+  if (plan.threadgroup_bytes)
+    stream.threadgroup_memory(0, plan.threadgroup_bytes);
   stream.dispatch(MTL::Size(plan.tiles, plan.down_blocks, 1), threads,
                   plan.down_weight_bytes + plan.h_bytes + plan.y_bytes);
 

@@ -34,6 +34,7 @@ Node* find(std::string_view name) {
 
 MoeEngine::MoeEngine(const std::string& device_name, std::string path)
     : context_(device_name, std::move(path)), tuning_(tuning_for(context_.engine())) {
+  tuning_.threadgroup_bytes = static_cast<uint32_t>(context_.device()->maxThreadgroupMemoryLength());
   check_kernel_table(context_.library().function_names(), context_.library().path());
 }
 

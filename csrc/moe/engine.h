@@ -31,7 +31,7 @@ public:
 
 private:
   Context context_;
-  const Tuning& tuning_;
+  Tuning tuning_;
 };
 
 } // namespace metal_moe

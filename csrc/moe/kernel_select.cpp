@@ -29,7 +29,8 @@ uint32_t select_variant(const Tuning& tuning, Family family, uint64_t routed_row
   while (VARIANTS[variant].family != family)
     ++variant;
   const double wanted = tuning.row_tile_per_mean_rows * static_cast<double>(routed_rows) / std::max(experts, 1u);
-  while (VARIANTS[variant].row_tile < wanted && variant + 1 < VARIANTS.size() && VARIANTS[variant + 1].family == family)
+  while (VARIANTS[variant].row_tile < wanted && variant + 1 < VARIANTS.size() &&
+         VARIANTS[variant + 1].family == family && VARIANTS[variant + 1].row_tile <= tuning.largest_row_tile)
     ++variant;
   return variant;
 }

@@ -24,22 +24,24 @@ enum class Stage : uint8_t { GateUp, Up, Down, Route, Group, PadGroups, Combine,
 struct Variant {
   Family family;
   uint32_t row_tile; // rows of one expert per threadgroup
-  uint32_t tile_n;   // output columns per threadgroup
-  uint32_t k_bytes;  // of K staged in threadgroup memory at a time; 0: none is used
+  uint32_t tile_n;   // output columns per threadgroup; in matrix families weight rows: of gate_up half as many columns
+  bool matrix;       // 8x8 simdgroup matrices, see gemm.h; else dot products, see gemv.h
   bool stages_weights;
   const char* row_suffix; // in kernel names, where a family has several row tiles
 };
 
 /// In order of family, then row tile.
-inline constexpr std::array<Variant, 8> VARIANTS{{
-    {Family::Decode, 1, GEMV_TILE_N, 0, false, ""},
-    {Family::Prefill4, PREFILL4_ROW_TILE, GEMV_TILE_N, 0, false, ""},
-    {Family::Base, BASE_ROW_TILE, BASE_TILE_N, BASE_K_BYTES, true, ""},
-    {Family::LargeBatch, 16, LARGE_BATCH_TILE_N, LARGE_BATCH_K_BYTES, true, "_m16"},
-    {Family::LargeBatch, 32, LARGE_BATCH_TILE_N, LARGE_BATCH_K_BYTES, true, "_m32"},
-    {Family::Simd, 8, SIMD_TILE_N, SIMD_K_BYTES, false, "_m8"},
-    {Family::Simd, 16, SIMD_TILE_N, SIMD_K_BYTES, false, "_m16"},
-    {Family::Simd, 32, SIMD_TILE_N, SIMD_K_BYTES, false, "_m32"},
+inline constexpr std::array<Variant, 10> VARIANTS{{
+    {Family::Decode, 1, GEMV_TILE_N, false, false, ""},
+    {Family::Prefill4, PREFILL4_ROW_TILE, GEMV_TILE_N, false, false, ""},
+    {Family::Base, BASE_ROW_TILE, BASE_TILE_N, true, true, ""},
+    {Family::LargeBatch, 16, LARGE_BATCH_TILE_N, true, true, "_m16"},
+    {Family::LargeBatch, 32, LARGE_BATCH_TILE_N, true, true, "_m32"},
+    {Family::LargeBatch, 64, LARGE_BATCH_TILE_N, true, true, "_m64"},
+    {Family::LargeBatch, 128, LARGE_BATCH_TILE_N, true, true, "_m128"},
+    {Family::Simd, 8, SIMD_TILE_N, true, false, "_m8"},
+    {Family::Simd, 16, SIMD_TILE_N, true, false, "_m16"},
+    {Family::Simd, 32, SIMD_TILE_N, true, false, "_m32"},
 }};
 
 struct KernelEntry {

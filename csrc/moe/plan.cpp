@@ -47,14 +47,11 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
   const uint32_t tile_n = plan.variant->tile_n;
   // 8 elements of any dtype are whole vectors: rows of h stay aligned.
   plan.h_row_stride = size_argument("the intermediate size", ceil_div(widest, 8) * int64_t(8));
-  plan.gate_up_blocks = ceil_div(widest, tile_n);
+  plan.gate_up_blocks = ceil_div(widest, plan.variant->matrix && shape.gated ? tile_n / 2 : tile_n);
   plan.down_blocks = ceil_div(shape.hidden, tile_n);
-  if (plan.variant->k_bytes) {
-    const uint32_t weight_rows = plan.variant->stages_weights ? tile_n : 0;
-    plan.gate_up_memory =
-        gemm_threadgroup_bytes(plan.row_tile, weight_rows * (shape.gated ? 2 : 1), plan.variant->k_bytes);
-    plan.down_memory = gemm_threadgroup_bytes(plan.row_tile, weight_rows, plan.variant->k_bytes);
-  }
+  if (plan.variant->matrix)
+    plan.threadgroup_bytes =
+        gemm_threadgroup_bytes(plan.row_tile, plan.variant->stages_weights ? tile_n : 0, tuning.threadgroup_bytes);
 
   const size_t item = shape.dtype == Dtype::Fp32 ? 4 : 2;
   plan.h_bytes = size_t(plan.rows) * plan.h_row_stride * item;

@@ -37,8 +37,7 @@ struct ExpertsPlan {
   uint32_t h_row_stride;   // elements
   uint32_t gate_up_blocks; // column blocks of the grid
   uint32_t down_blocks;
-  uint32_t gate_up_memory; // threadgroup memory, bytes; 0: none
-  uint32_t down_memory;
+  uint32_t threadgroup_bytes; // of threadgroup memory, gate_up and down alike; 0: none
   size_t h_bytes;
   size_t y_bytes; // grouped
   /// Weights, read once, of as many experts as can be chosen: what the commit policy counts.

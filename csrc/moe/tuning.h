@@ -19,6 +19,10 @@ struct Tuning {
   /// large_batch and simd take the smallest row tile of at least this many times the mean rows per expert: below 1
   /// weights are read more than once, above it rows are multiplied that do not exist.
   float row_tile_per_mean_rows = 1.0f;
+  /// Beyond it a simdgroup has more sums than registers.
+  uint32_t largest_row_tile = 64;
+  /// Threadgroup memory that a matrix family's kernels were compiled for: what the device has.
+  uint32_t threadgroup_bytes = 32 << 10;
 };
 
 /// What holds on the device whose engine is `engine` (Context::engine).

@@ -55,7 +55,7 @@ void bind_buffer(const char* call, Dispatch& dispatch, const KernelArgument& arg
     dispatch.constants |= 1u << argument.index;
 }
 
-void bind_arguments(const char* call, Dispatch& dispatch, const EncoderState& state) {
+void bind_arguments(const char* call, Dispatch& dispatch, const EncoderState& state, uint32_t max_threadgroup_bytes) {
   uint32_t threadgroup_bytes = 0;
   for (uint32_t i = 0; i < dispatch.kernel->argument_count; ++i) {
     const KernelArgument& argument = dispatch.kernel->arguments[i];
@@ -69,9 +69,9 @@ void bind_arguments(const char* call, Dispatch& dispatch, const EncoderState& st
     dispatch.threadgroup_bytes[argument.index] = bytes;
     threadgroup_bytes += bytes;
   }
-  if (threadgroup_bytes > MAX_THREADGROUP_MEMORY)
+  if (threadgroup_bytes > max_threadgroup_bytes)
     misuse(call, std::string("kernel '") + dispatch.kernel->name + "' is given " + text(threadgroup_bytes) +
-                     " bytes of threadgroup memory, more than " + text(MAX_THREADGROUP_MEMORY));
+                     " bytes of threadgroup memory, more than " + text(max_threadgroup_bytes));
 }
 
 } // namespace
@@ -165,9 +165,9 @@ void ComputeCommandEncoder::setThreadgroupMemoryLength(NS::UInteger length, NS::
   if (length % THREADGROUP_MEMORY_UNIT != 0)
     misuse(call, "length " + text(length) + " at index " + text(index) + " is not a multiple of " +
                      text(THREADGROUP_MEMORY_UNIT));
-  if (length > MAX_THREADGROUP_MEMORY)
-    misuse(call,
-           "length " + text(length) + " at index " + text(index) + " is more than " + text(MAX_THREADGROUP_MEMORY));
+  const NS::UInteger limit = device()->maxThreadgroupMemoryLength();
+  if (length > limit)
+    misuse(call, "length " + text(length) + " at index " + text(index) + " is more than " + text(limit));
   encoder.threadgroup_bytes[index] = uint32_t(length);
 }
 
@@ -190,7 +190,7 @@ void ComputeCommandEncoder::dispatchThreadgroups(Size threadgroupsPerGrid, Size 
   dispatch.grid = narrow(threadgroupsPerGrid);
   dispatch.group = narrow(threadsPerThreadgroup);
   try {
-    bind_arguments(call, dispatch, encoder);
+    bind_arguments(call, dispatch, encoder, uint32_t(device()->maxThreadgroupMemoryLength()));
   } catch (...) {
     dispatches.pop_back();
     throw;

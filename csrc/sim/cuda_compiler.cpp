@@ -130,6 +130,7 @@ std::vector<std::string> compiler_options(const std::string& kernel, int archite
       "-D__METAL_VERSION__=310",
       "-DMETAL_SIM_CUDA=1",
       "-DSIMD_WIDTH=32",
+      "-DTHREADGROUP_BYTES=" + std::to_string(cuda_threadgroup_bytes(architecture)),
       "-DMETAL_SIM_ENTRY_" + kernel,
   };
 }
@@ -213,6 +214,28 @@ void write_file(const fs::path& path, const std::string& contents) {
 }
 
 } // namespace
+
+uint32_t cuda_threadgroup_bytes(int architecture) {
+  // Shared memory of a multiprocessor in KiB; each of its blocks takes one more than it asks for.
+  uint32_t shared = 64;
+  switch (architecture) {
+  case 80:
+  case 87:
+    shared = 164;
+    break;
+  case 86:
+  case 89:
+  case 120:
+  case 121:
+    shared = 100;
+    break;
+  case 90:
+  case 100:
+  case 103:
+    shared = 228;
+  }
+  return (shared / 2 - 1) << 10;
+}
 
 std::string nvrtc_version() {
   int major = 0, minor = 0;

@@ -2,6 +2,7 @@
 // which is found when it is first needed.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace metal_sim {
@@ -24,6 +25,10 @@ struct CudaBinary {
 /// The cache is $XDG_CACHE_HOME/metal_moe/cuda (else ~/.cache/metal_moe/cuda): one file per source text, options and
 /// NVRTC version. A cache that cannot be read or written is as good as an empty one.
 CudaBinary cuda_binary(const CudaSource& source, const std::string& kernel, int architecture, bool use_cache = true);
+
+/// Threadgroup memory that kernels for an architecture are compiled for: half of a multiprocessor's shared memory, so
+/// that it holds two threadgroups, whose loads and arithmetic overlap.
+uint32_t cuda_threadgroup_bytes(int architecture);
 
 /// "13.0". std::runtime_error where there is no NVRTC.
 std::string nvrtc_version();

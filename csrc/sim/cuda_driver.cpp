@@ -38,6 +38,7 @@ CudaDriver load() {
   find(driver.load_module, "cuModuleLoadData");
   find(driver.module_function, "cuModuleGetFunction");
   find(driver.function_attribute, "cuFuncGetAttribute");
+  find(driver.set_function_attribute, "cuFuncSetAttribute");
   find(driver.launch, "cuLaunchKernel");
   find(driver.synchronize_stream, "cuStreamSynchronize");
   find(driver.allocate, "cuMemAlloc_v2");

@@ -17,7 +17,9 @@ using CudaAddress = unsigned long long;
 constexpr int CUDA_COMPUTE_CAPABILITY_MAJOR = 75; // CUdevice_attribute
 constexpr int CUDA_COMPUTE_CAPABILITY_MINOR = 76;
 constexpr int CUDA_FUNCTION_MAX_THREADS = 0; // CUfunction_attribute
-constexpr int CUDA_CAPTURE_RELAXED = 2;      // CUstreamCaptureMode
+constexpr int CUDA_FUNCTION_MAX_DYNAMIC_SHARED_BYTES = 8;
+constexpr int CUDA_FUNCTION_SHARED_CARVEOUT = 9; // percent of the memory that shared memory and L1 cache divide
+constexpr int CUDA_CAPTURE_RELAXED = 2; // CUstreamCaptureMode
 
 struct CudaDriver {
   CudaResult (*init)(unsigned flags);
@@ -34,6 +36,7 @@ struct CudaDriver {
   CudaResult (*load_module)(CudaModule* module, const void* image);
   CudaResult (*module_function)(CudaFunction* function, CudaModule module, const char* name);
   CudaResult (*function_attribute)(int* value, int attribute, CudaFunction function);
+  CudaResult (*set_function_attribute)(CudaFunction function, int attribute, int value);
   CudaResult (*launch)(CudaFunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                        unsigned block_y, unsigned block_z, unsigned shared_bytes, CudaStream stream, void** parameters,
                        void** extra);

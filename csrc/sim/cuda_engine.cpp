@@ -58,6 +58,7 @@ public:
   }
 
   uint32_t max_threads_per_threadgroup() const override { return MAX_THREADS_PER_THREADGROUP; }
+  uint32_t max_threadgroup_memory() const override { return cuda_threadgroup_bytes(architecture_); }
   const char* name() const override { return "cuda"; }
   const std::string& device_name() const { return device_name_; }
   int architecture() const { return architecture_; }
@@ -191,6 +192,9 @@ private:
     check_cuda(driver.module_function(&function, module, kernel.host_name.c_str()),
                "kernel '" + kernel.host_name + "'");
     check_cuda(driver.function_attribute(&threads, CUDA_FUNCTION_MAX_THREADS, function), "threads of a kernel");
+    check_cuda(
+        driver.set_function_attribute(function, CUDA_FUNCTION_MAX_DYNAMIC_SHARED_BYTES, int(max_threadgroup_memory())),
+        "shared memory of a kernel");
     if (driver.parameter_info)
       for (uint32_t i = 0; i < kernel.argument_count; ++i) {
         size_t offset, bytes;

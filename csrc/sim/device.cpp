@@ -89,7 +89,7 @@ NS::UInteger Device::maxBufferLength() const {
   const Engine& engine = impl(this)->engine;
   return engine.host_memory() ? physical_memory() : engine.memory_size();
 }
-NS::UInteger Device::maxThreadgroupMemoryLength() const { return MAX_THREADGROUP_MEMORY; }
+NS::UInteger Device::maxThreadgroupMemoryLength() const { return impl(this)->engine.max_threadgroup_memory(); }
 NS::UInteger Device::currentAllocatedSize() const { return impl(this)->allocated.load(std::memory_order_relaxed); }
 uint64_t Device::recommendedMaxWorkingSetSize() const { return maxBufferLength(); }
 

@@ -23,6 +23,9 @@ struct Dispatch {
   uint32_t threadgroup_bytes[MAX_THREADGROUP_ARGUMENTS];
 };
 
+/// Of the engines for processors: what every Apple GPU has.
+constexpr uint32_t MAX_THREADGROUP_MEMORY = 32 << 10;
+
 inline uint64_t volume(Size3 size) { return uint64_t(size.x) * size.y * size.z; }
 
 /// Position of the `index`-th element, x fastest.
@@ -34,6 +37,8 @@ class Engine {
 public:
   /// Threads of a threadgroup that the engine accepts.
   virtual uint32_t max_threads_per_threadgroup() const = 0;
+  /// Bytes of threadgroup memory of one threadgroup.
+  virtual uint32_t max_threadgroup_memory() const { return MAX_THREADGROUP_MEMORY; }
   virtual const char* name() const = 0;
   /// Runs a dispatch to its end. `sequence`: its place in its command buffer. Returns "", or what went wrong.
   virtual std::string run(const Dispatch& dispatch, uint32_t sequence) = 0;

@@ -14,8 +14,7 @@
 namespace metal_sim {
 
 constexpr uint32_t MAX_THREADS_PER_THREADGROUP = 1024;
-constexpr uint32_t MAX_THREADGROUPS = 1u << 31; // of a grid: linear positions and a counter beyond them fit 32 bits
-constexpr uint32_t MAX_THREADGROUP_MEMORY = 32 << 10;
+constexpr uint32_t MAX_THREADGROUPS = 1u << 31;  // of a grid: linear positions and a counter beyond them fit 32 bits
 constexpr uint32_t THREADGROUP_MEMORY_UNIT = 16; // Metal takes lengths in multiples of it
 constexpr uint32_t MAX_SET_BYTES = 4 << 10;
 

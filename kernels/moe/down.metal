@@ -150,7 +150,29 @@ down_prefill4(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]],
     down_prefill4_columns<false, T, Acc>(from, w, b, to, K, tile.rows, group.y * GEMV_TILE_N, args, simdgroup, lane);
 }
 
-template <typename T, typename Acc, uint ROW_TILE, uint TILE_N, uint K_BYTES, bool STAGE_WEIGHTS>
+/// Where a row tile's sums go: biased, to y.
+template <typename T>
+struct DownStore {
+  device float* y;      // of the tile's first row
+  device const T* bias; // of the expert, or null
+  uint rows;
+  uint first_column;
+  uint columns;
+  uint stride;
+
+  void operator()(uint row, uint column, thread const float (&sums)[1][2]) thread const {
+    const uint n = first_column + column;
+    if (row >= rows || n >= columns)
+      return;
+    float value[2];
+    UNROLL
+    for (uint i = 0; i < 2; ++i)
+      value[i] = sums[0][i] + (bias && n + i < columns ? float(bias[n + i]) : 0.0f);
+    store_pair(y + ulong(row) * stride, n, columns, stride % 2 == 0, value[0], value[1]);
+  }
+};
+
+template <typename T, typename Acc, uint ROW_TILE, uint TILE_N, bool STAGE_WEIGHTS>
 [[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 down_gemm(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], device const T* shared_w2 [[buffer(2)]],
           device const T* bias [[buffer(3)]], device const RowTile* tiles [[buffer(4)]], device float* y [[buffer(5)]],
@@ -160,10 +182,10 @@ down_gemm(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], dev
   const RowTile tile = tiles[group.x];
   if (tile.rows == 0)
     return;
-  const uint first_column = group.y * TILE_N;
+  using Tile = GemmTile<T, Acc, 1, ROW_TILE, TILE_N, STAGE_WEIGHTS>;
+  const uint first_column = group.y * Tile::COLUMNS;
   const bool routed = tile.expert < args.experts;
   const uint K = routed ? args.intermediate : args.shared_intermediate;
-  using Tile = GemmTile<T, Acc, 1, ROW_TILE, TILE_N, K_BYTES, STAGE_WEIGHTS>;
 
   WeightRows<T> weights;
   weights.base = expert_w2(w2, shared_w2, tile.expert, args);
@@ -175,27 +197,17 @@ down_gemm(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], dev
   Tile product;
   product.multiply(rows, tile.rows, weights, first_column, K, args.vectorized, memory, simdgroup, lane);
 
-  const bool biased = routed && args.has_bias;
-  threadgroup float* sum = Tile::fragment_memory(memory, simdgroup);
-  for (uint i = 0; i < Tile::FRAGMENTS; ++i) {
-    const uint row = Tile::fragment_row(i, simdgroup);
-    const uint column = first_column + Tile::fragment_column(i, simdgroup);
-    if (row >= tile.rows || column >= args.hidden)
-      continue;
-    device float* to = y + ulong(tile.first_row + row) * args.out_row_stride + column;
-    if (!biased && row + 8 <= tile.rows && column + 8 <= args.hidden) {
-      simdgroup_store(product.fragment(i, 0), to, args.out_row_stride);
-      continue;
-    }
-    simdgroup_store(product.fragment(i, 0), sum, 8);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    const uint columns = min(8u, args.hidden - column);
-    if (biased)
-      for (uint e = lane; e < 64; e += SIMD_WIDTH) // the lane stores the elements that it adds to
-        sum[e] += float(bias[ulong(tile.expert) * args.hidden + column + min(e % 8, columns - 1)]);
-    store_fragment(sum, to, args.out_row_stride, min(8u, tile.rows - row), columns, lane);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-  }
+  device const T* b = routed && args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
+  const uint row = Tile::first_row(simdgroup), column = first_column + Tile::first_column(simdgroup);
+  if (row >= tile.rows)
+    return;
+  const DownStore<T> store{y + ulong(tile.first_row + row) * args.out_row_stride,
+                           b,
+                           tile.rows - row,
+                           column,
+                           args.hidden,
+                           args.out_row_stride};
+  product.for_each_pair(store, memory, simdgroup, lane);
 }
 
 #define INSTANTIATE(NAME, ...) template [[host_name(NAME)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
@@ -204,14 +216,14 @@ down_gemm(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], dev
 #define FAMILIES(T, T_NAME, ACC, ACC_NAME)                                                                             \
   INSTANTIATE("down_decode" ACC_NAME "_" T_NAME, down_decode<T, ACC>)                                                  \
   INSTANTIATE("down_prefill4" ACC_NAME "_" T_NAME, down_prefill4<T, ACC>)                                              \
-  INSTANTIATE("down_base" ACC_NAME "_" T_NAME, down_gemm<T, ACC, BASE_ROW_TILE, BASE_TILE_N, BASE_K_BYTES, true>)      \
-  INSTANTIATE("down_large_batch" ACC_NAME "_m16_" T_NAME,                                                              \
-              down_gemm<T, ACC, 16, LARGE_BATCH_TILE_N, LARGE_BATCH_K_BYTES, true>)                                    \
-  INSTANTIATE("down_large_batch" ACC_NAME "_m32_" T_NAME,                                                              \
-              down_gemm<T, ACC, 4 * 8, LARGE_BATCH_TILE_N, LARGE_BATCH_K_BYTES, true>)                                 \
-  INSTANTIATE("down_simd" ACC_NAME "_m8_" T_NAME, down_gemm<T, ACC, 8, SIMD_TILE_N, SIMD_K_BYTES, false>)              \
-  INSTANTIATE("down_simd" ACC_NAME "_m16_" T_NAME, down_gemm<T, ACC, 16, SIMD_TILE_N, SIMD_K_BYTES, false>)            \
-  INSTANTIATE("down_simd" ACC_NAME "_m32_" T_NAME, down_gemm<T, ACC, 4 * 8, SIMD_TILE_N, SIMD_K_BYTES, false>)
+  INSTANTIATE("down_base" ACC_NAME "_" T_NAME, down_gemm<T, ACC, BASE_ROW_TILE, BASE_TILE_N, true>)                    \
+  INSTANTIATE("down_large_batch" ACC_NAME "_m16_" T_NAME, down_gemm<T, ACC, 16, LARGE_BATCH_TILE_N, true>)             \
+  INSTANTIATE("down_large_batch" ACC_NAME "_m32_" T_NAME, down_gemm<T, ACC, 4 * 8, LARGE_BATCH_TILE_N, true>)          \
+  INSTANTIATE("down_large_batch" ACC_NAME "_m64_" T_NAME, down_gemm<T, ACC, 64, LARGE_BATCH_TILE_N, true>)             \
+  INSTANTIATE("down_large_batch" ACC_NAME "_m128_" T_NAME, down_gemm<T, ACC, 128, LARGE_BATCH_TILE_N, true>)           \
+  INSTANTIATE("down_simd" ACC_NAME "_m8_" T_NAME, down_gemm<T, ACC, 8, SIMD_TILE_N, false>)                            \
+  INSTANTIATE("down_simd" ACC_NAME "_m16_" T_NAME, down_gemm<T, ACC, 16, SIMD_TILE_N, false>)                          \
+  INSTANTIATE("down_simd" ACC_NAME "_m32_" T_NAME, down_gemm<T, ACC, 4 * 8, SIMD_TILE_N, false>)
 
 FAMILIES(float, "fp32", float, "_fp32acc")
 FAMILIES(half, "fp16", float, "_fp32acc")

@@ -19,25 +19,43 @@ SHARED_CONSTANT uint GEMV_SIMDGROUPS = 8;
 SHARED_CONSTANT uint PREFILL4_ROW_TILE = 4;
 SHARED_CONSTANT uint PREFILL4_ROW_TILE_ONE_LANE = 64;
 
-// Matrix families: rows of one expert x output columns per threadgroup.
+// Matrix families: rows of one expert x weight rows (columns of down; of gate_up half of them gate, half up) per
+// threadgroup.
 SHARED_CONSTANT uint BASE_ROW_TILE = 8;
 SHARED_CONSTANT uint BASE_TILE_N = 64;
 SHARED_CONSTANT uint LARGE_BATCH_TILE_N = 128;
 SHARED_CONSTANT uint SIMD_TILE_N = 64;
 SHARED_CONSTANT uint GEMM_SIMDGROUPS = 4;
 
-// Bytes of K that a threadgroup holds at a time. `base` and `large_batch` stage weights and activations, `simd` only
-// activations: the largest power of two with which all tiles fit 32 KiB.
-SHARED_CONSTANT uint BASE_K_BYTES = 128;
-SHARED_CONSTANT uint LARGE_BATCH_K_BYTES = 64;
-SHARED_CONSTANT uint SIMD_K_BYTES = 512;
 /// Bytes between the end of a staged row and the next: rows then start in different threadgroup memory banks.
 SHARED_CONSTANT uint GEMM_ROW_PAD_BYTES = 16;
+/// Tiles of K in threadgroup memory at a time, at most: one that is multiplied, the others on their way.
+SHARED_CONSTANT uint GEMM_MAX_STAGES = 3;
+/// One 8x8 fp32 fragment of gate and of up per simdgroup, beside the stages.
+SHARED_CONSTANT uint GEMM_FRAGMENT_BYTES = GEMM_SIMDGROUPS * 2 * 64 * 4;
 
-/// Threadgroup memory of a matrix family's threadgroup. `weight_rows`: 2 * tile_n for gate_up with a gate, tile_n
-/// for `up_...` and down, 0 for `simd`. The last term is one 8x8 fp32 fragment of gate and of up per simdgroup.
-constexpr uint gemm_threadgroup_bytes(uint row_tile, uint weight_rows, uint k_bytes) {
-  return (row_tile + weight_rows) * (k_bytes + GEMM_ROW_PAD_BYTES) + GEMM_SIMDGROUPS * 2 * 64 * 4;
+// How a matrix family's threadgroup uses `limit` bytes of threadgroup memory. `weight_rows`: those staged, tile_n; 0
+// for `simd`, which stages activations only.
+
+constexpr uint gemm_stage_bytes(uint row_tile, uint weight_rows, uint k_bytes) {
+  return (row_tile + weight_rows) * (k_bytes + GEMM_ROW_PAD_BYTES);
+}
+/// Bytes of K in a stage: the largest power of two with which a stage fits, up to 128 with weights, 512 without.
+constexpr uint gemm_k_bytes(uint row_tile, uint weight_rows, uint limit) {
+  uint k_bytes = weight_rows ? 128 : 512;
+  while (gemm_stage_bytes(row_tile, weight_rows, k_bytes) + GEMM_FRAGMENT_BYTES > limit)
+    k_bytes /= 2;
+  return k_bytes;
+}
+constexpr uint gemm_stages(uint row_tile, uint weight_rows, uint limit) {
+  const uint stage = gemm_stage_bytes(row_tile, weight_rows, gemm_k_bytes(row_tile, weight_rows, limit));
+  const uint stages = (limit - GEMM_FRAGMENT_BYTES) / stage;
+  return stages < GEMM_MAX_STAGES ? stages : GEMM_MAX_STAGES;
+}
+constexpr uint gemm_threadgroup_bytes(uint row_tile, uint weight_rows, uint limit) {
+  return gemm_stages(row_tile, weight_rows, limit) *
+             gemm_stage_bytes(row_tile, weight_rows, gemm_k_bytes(row_tile, weight_rows, limit)) +
+         GEMM_FRAGMENT_BYTES;
 }
 
 // `simd` and vectorised loads need rows that start at multiples of this many bytes.
@@ -79,7 +97,7 @@ struct ExpertsArgs {
 //  ExpertsArgs.
 //                    Grid (ceil(H / GEMV_TILE_N), T).
 //  gate_up, grouped: 0 x, 1 w1, 2 shared_w1, 3 bias1, 4 sorted_rows, 5 tiles, 6 h out (sorted order), 7 ExpertsArgs;
-//                    threadgroup 0: gate_up_threadgroup_bytes. Grid (tiles, ceil(max I / tile_n)).
+//                    threadgroup 0: gemm_threadgroup_bytes. Grid (tiles, ceil(max I / columns of a threadgroup)).
 //  down, grouped   : 0 h, 1 w2, 2 shared_w2, 3 bias2, 4 tiles, 5 y out fp32 [S, H] (sorted order), 6 ExpertsArgs;
 //                    threadgroup 0. Grid (tiles, ceil(H / tile_n)).
 // Buffers that a call has no use for (bias, shared weights) are bound to any other one.

@@ -137,7 +137,38 @@ gate_up_prefill4(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)
                                                   group.y * GEMV_TILE_N, args, simdgroup, lane);
 }
 
-template <typename T, typename Acc, bool GATED, uint ROW_TILE, uint TILE_N, uint K_BYTES, bool STAGE_WEIGHTS>
+/// Where a row tile's sums go: biased, activated, to h.
+template <typename T, bool GATED>
+struct GateUpStore {
+  static constexpr constant uint MATRICES = GATED ? 2 : 1;
+  device T* h;          // of the tile's first row
+  device const T* bias; // of the expert, or null
+  uint rows;
+  uint first_column;
+  uint intermediate;
+  constant ExpertsArgs& args;
+
+  void operator()(uint row, uint column, thread const float (&sums)[MATRICES][2]) thread const {
+    const uint n = first_column + column;
+    if (row >= rows || n >= intermediate)
+      return;
+    float value[2];
+    UNROLL
+    for (uint i = 0; i < 2; ++i) {
+      float gate = sums[0][i];
+      float up = GATED ? sums[MATRICES - 1][i] : 0.0f;
+      if (bias && n + i < intermediate) {
+        gate += float(bias[GATED ? gate_row(n + i, args.interleaved) : n + i]);
+        if (GATED)
+          up += float(bias[up_row(n + i, intermediate, args.interleaved)]);
+      }
+      value[i] = activate(args.activation, gate, up, args.alpha, args.limit);
+    }
+    store_pair(h + ulong(row) * args.h_row_stride, n, intermediate, true, value[0], value[1]);
+  }
+};
+
+template <typename T, typename Acc, bool GATED, uint ROW_TILE, uint TILE_N, bool STAGE_WEIGHTS>
 [[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 gate_up_gemm(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]], device const T* shared_w1 [[buffer(2)]],
              device const T* bias [[buffer(3)]], device const uint* sorted_rows [[buffer(4)]],
@@ -145,13 +176,14 @@ gate_up_gemm(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]], 
              constant ExpertsArgs& args [[buffer(7)]], threadgroup uchar* memory [[threadgroup(0)]],
              uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
              uint lane [[thread_index_in_simdgroup]]) {
+  constexpr uint MATRICES = GATED ? 2 : 1;
+  using Tile = GemmTile<T, Acc, MATRICES, ROW_TILE, TILE_N, STAGE_WEIGHTS>;
   const RowTile tile = tiles[group.x];
-  const uint first_column = group.y * TILE_N;
-  const uint intermediate = tile.expert < args.experts ? args.intermediate : args.shared_intermediate;
+  const uint first_column = group.y * Tile::COLUMNS;
+  const bool routed = tile.expert < args.experts;
+  const uint intermediate = routed ? args.intermediate : args.shared_intermediate;
   if (tile.rows == 0 || first_column >= intermediate)
     return;
-  constexpr uint MATRICES = GATED ? 2 : 1;
-  using Tile = GemmTile<T, Acc, MATRICES, ROW_TILE, TILE_N, K_BYTES, STAGE_WEIGHTS>;
 
   WeightRows<T> weights;
   weights.base = expert_w1<MATRICES>(w1, shared_w1, tile.expert, args);
@@ -163,34 +195,13 @@ gate_up_gemm(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]], 
   Tile product;
   product.multiply(rows, tile.rows, weights, first_column, args.hidden, args.vectorized, memory, simdgroup, lane);
 
-  const bool biased = args.has_bias && tile.expert < args.experts;
-  device const T* b = bias + ulong(tile.expert) * MATRICES * args.intermediate;
-  threadgroup float* gate = Tile::fragment_memory(memory, simdgroup);
-  threadgroup float* up = gate + 64;
-  for (uint i = 0; i < Tile::FRAGMENTS; ++i) {
-    const uint row = Tile::fragment_row(i, simdgroup);
-    const uint column = first_column + Tile::fragment_column(i, simdgroup);
-    if (row >= tile.rows || column >= intermediate)
-      continue;
-    simdgroup_store(product.fragment(i, 0), gate, 8);
-    if (GATED)
-      simdgroup_store(product.fragment(i, MATRICES - 1), up, 8);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    const uint columns = min(8u, intermediate - column);
-    // From here a lane touches the same elements in each step, so no barrier stands between them.
-    if (biased)
-      for (uint e = lane; e < 64; e += SIMD_WIDTH) {
-        const uint n = column + min(e % 8, columns - 1);
-        gate[e] += float(b[GATED ? gate_row(n, args.interleaved) : n]);
-        if (GATED)
-          up[e] += float(b[up_row(n, intermediate, args.interleaved)]);
-      }
-    activate_fragment(args.activation, gate, up, args.alpha, args.limit, lane);
-    const uint count = min(8u, tile.rows - row);
-    device T* to = h + ulong(tile.first_row + row) * args.h_row_stride + column;
-    store_fragment(gate, to, args.h_row_stride, count, columns, lane);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-  }
+  device const T* b = routed && args.has_bias ? bias + ulong(tile.expert) * MATRICES * args.intermediate : nullptr;
+  const uint row = Tile::first_row(simdgroup), column = first_column + Tile::first_column(simdgroup);
+  if (row >= tile.rows)
+    return;
+  const GateUpStore<T, GATED> store{
+      h + ulong(tile.first_row + row) * args.h_row_stride, b, tile.rows - row, column, intermediate, args};
+  product.for_each_pair(store, memory, simdgroup, lane);
 }
 
 #define INSTANTIATE(NAME, ...) template [[host_name(NAME)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
@@ -199,17 +210,16 @@ gate_up_gemm(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]], 
 #define FAMILIES(STAGE, GATED, T, T_NAME, ACC, ACC_NAME)                                                               \
   INSTANTIATE(STAGE "_decode" ACC_NAME "_" T_NAME, gate_up_decode<T, ACC, GATED>)                                      \
   INSTANTIATE(STAGE "_prefill4" ACC_NAME "_" T_NAME, gate_up_prefill4<T, ACC, GATED>)                                  \
-  INSTANTIATE(STAGE "_base" ACC_NAME "_" T_NAME,                                                                       \
-              gate_up_gemm<T, ACC, GATED, BASE_ROW_TILE, BASE_TILE_N, BASE_K_BYTES, true>)                             \
-  INSTANTIATE(STAGE "_large_batch" ACC_NAME "_m16_" T_NAME,                                                            \
-              gate_up_gemm<T, ACC, GATED, 16, LARGE_BATCH_TILE_N, LARGE_BATCH_K_BYTES, true>)                          \
+  INSTANTIATE(STAGE "_base" ACC_NAME "_" T_NAME, gate_up_gemm<T, ACC, GATED, BASE_ROW_TILE, BASE_TILE_N, true>)        \
+  INSTANTIATE(STAGE "_large_batch" ACC_NAME "_m16_" T_NAME, gate_up_gemm<T, ACC, GATED, 16, LARGE_BATCH_TILE_N, true>) \
   INSTANTIATE(STAGE "_large_batch" ACC_NAME "_m32_" T_NAME,                                                            \
-              gate_up_gemm<T, ACC, GATED, 4 * 8, LARGE_BATCH_TILE_N, LARGE_BATCH_K_BYTES, true>)                       \
-  INSTANTIATE(STAGE "_simd" ACC_NAME "_m8_" T_NAME, gate_up_gemm<T, ACC, GATED, 8, SIMD_TILE_N, SIMD_K_BYTES, false>)  \
-  INSTANTIATE(STAGE "_simd" ACC_NAME "_m16_" T_NAME,                                                                   \
-              gate_up_gemm<T, ACC, GATED, 16, SIMD_TILE_N, SIMD_K_BYTES, false>)                                       \
-  INSTANTIATE(STAGE "_simd" ACC_NAME "_m32_" T_NAME,                                                                   \
-              gate_up_gemm<T, ACC, GATED, 4 * 8, SIMD_TILE_N, SIMD_K_BYTES, false>)
+              gate_up_gemm<T, ACC, GATED, 4 * 8, LARGE_BATCH_TILE_N, true>)                                            \
+  INSTANTIATE(STAGE "_large_batch" ACC_NAME "_m64_" T_NAME, gate_up_gemm<T, ACC, GATED, 64, LARGE_BATCH_TILE_N, true>) \
+  INSTANTIATE(STAGE "_large_batch" ACC_NAME "_m128_" T_NAME,                                                           \
+              gate_up_gemm<T, ACC, GATED, 128, LARGE_BATCH_TILE_N, true>)                                              \
+  INSTANTIATE(STAGE "_simd" ACC_NAME "_m8_" T_NAME, gate_up_gemm<T, ACC, GATED, 8, SIMD_TILE_N, false>)                \
+  INSTANTIATE(STAGE "_simd" ACC_NAME "_m16_" T_NAME, gate_up_gemm<T, ACC, GATED, 16, SIMD_TILE_N, false>)              \
+  INSTANTIATE(STAGE "_simd" ACC_NAME "_m32_" T_NAME, gate_up_gemm<T, ACC, GATED, 4 * 8, SIMD_TILE_N, false>)
 
 #define DTYPES(STAGE, GATED)                                                                                           \
   FAMILIES(STAGE, GATED, float, "fp32", float, "_fp32acc")                                                             \

@@ -1,0 +1,36 @@
+// Copies from device to threadgroup memory that may run beside arithmetic.
+//
+// A thread starts copies (copy_async), closes them to a group (copy_commit) and later waits until at most PENDING of
+// its latest groups are still under way (copy_wait). What others copied is there after the barrier that follows. Where
+// a GPU has no such copies they are over at once, and the calls cost nothing.
+#pragma once
+#include "rows.h"
+
+/// 16 bytes, both addresses multiples of 16; zeros where not `inside`, and `from` is not read then.
+template <typename T>
+inline void copy_async(threadgroup T* to, device const T* from, bool inside) {
+#ifdef METAL_SIM_CUDA
+  metal_sim::copy_async(to, from, inside);
+#else
+  threadgroup Vector16<T>* target = reinterpret_cast<threadgroup Vector16<T>*>(to);
+  if (inside) {
+    *target = *reinterpret_cast<device const Vector16<T>*>(from);
+  } else {
+    for (uint i = 0; i < Vector16<T>::COUNT; ++i)
+      to[i] = T(0.0f);
+  }
+#endif
+}
+
+inline void copy_commit() {
+#ifdef METAL_SIM_CUDA
+  metal_sim::copy_commit();
+#endif
+}
+
+template <uint PENDING>
+inline void copy_wait() {
+#ifdef METAL_SIM_CUDA
+  metal_sim::copy_wait<PENDING>();
+#endif
+}
