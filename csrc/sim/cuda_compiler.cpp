@@ -130,7 +130,7 @@ std::vector<std::string> compiler_options(const std::string& kernel, int archite
       "-D__METAL_VERSION__=310",
       "-DMETAL_SIM_CUDA=1",
       "-DSIMD_WIDTH=32",
-      "-DTHREADGROUP_BYTES=" + std::to_string(cuda_threadgroup_bytes(architecture)),
+      "-DMETAL_SIM_THREADGROUP_BYTES=" + std::to_string(cuda_threadgroup_bytes(architecture)),
       "-DMETAL_SIM_ENTRY_" + kernel,
   };
 }

@@ -192,9 +192,15 @@ private:
     check_cuda(driver.module_function(&function, module, kernel.host_name.c_str()),
                "kernel '" + kernel.host_name + "'");
     check_cuda(driver.function_attribute(&threads, CUDA_FUNCTION_MAX_THREADS, function), "threads of a kernel");
-    check_cuda(
-        driver.set_function_attribute(function, CUDA_FUNCTION_MAX_DYNAMIC_SHARED_BYTES, int(max_threadgroup_memory())),
-        "shared memory of a kernel");
+    const auto takes_memory = [](const KernelArgument& argument) { return argument.kind == ArgumentKind::Threadgroup; };
+    if (std::any_of(kernel.arguments, kernel.arguments + kernel.argument_count, takes_memory)) {
+      check_cuda(driver.set_function_attribute(function, CUDA_FUNCTION_MAX_DYNAMIC_SHARED_BYTES,
+                                               int(max_threadgroup_memory())),
+                 "shared memory of a kernel");
+      // Left to itself the driver may divide it so that one threadgroup fits.
+      check_cuda(driver.set_function_attribute(function, CUDA_FUNCTION_SHARED_CARVEOUT, 100),
+                 "shared memory of a multiprocessor");
+    }
     if (driver.parameter_info)
       for (uint32_t i = 0; i < kernel.argument_count; ++i) {
         size_t offset, bytes;

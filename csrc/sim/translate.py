@@ -105,11 +105,14 @@ namespace {{
 
 
 def engine_macros(engine: str) -> list[str]:
-    return [
+    macros = [
         f"-D__METAL_VERSION__={METAL_VERSION}",
         f"-DMETAL_SIM_{engine.upper()}=1",
         f"-DSIMD_WIDTH={SIMD_WIDTH[engine]}",
     ]
+    if engine == "cuda":  # known where the kernels are compiled for a GPU, after the preprocessor has been here
+        macros.append("-DTHREADGROUP_BYTES=METAL_SIM_THREADGROUP_BYTES")
+    return macros
 
 
 def is_gcc(compiler: str) -> bool:

@@ -93,19 +93,29 @@ struct RowStager {
   }
 
   void copy(threadgroup T* tile, uint k0, uint K, bool vectorized) thread const {
+    if (vectorized)
+      copy<true>(tile, k0, K);
+    else
+      copy<false>(tile, k0, K);
+  }
+
+private:
+  template <bool VECTORIZED>
+  void copy(threadgroup T* tile, uint k0, uint K) thread const {
     UNROLL
     for (uint pass = 0; pass < PASSES; ++pass) {
       const uint row = first_row + pass * ROWS_PER_PASS;
       if (ROWS % ROWS_PER_PASS != 0 && row >= ROWS)
         break;
-      threadgroup T* to = tile + row * LD;
       for (uint v = first_vector; v < VECTORS; v += THREADS_PER_ROW) {
+        threadgroup T* to = tile + row * LD + v * COUNT;
         const uint k = k0 + v * COUNT;
-        if (vectorized)
-          copy_async(to + v * COUNT, from[pass] + k, row < count && k < K);
-        else
+        if (VECTORIZED) {
+          copy_async(to, from[pass] + k, row < count && k < K);
+        } else {
           for (uint e = 0; e < COUNT; ++e)
-            to[v * COUNT + e] = row < count && k + e < K ? from[pass][k + e] : T(0.0f);
+            to[e] = row < count && k + e < K ? from[pass][k + e] : T(0.0f);
+        }
       }
     }
   }

@@ -23,7 +23,9 @@ constexpr uint simdgroups(uint wanted, uint simd_width) { return simd_width == 1
 
 #ifdef __METAL_VERSION__
 // A loop whose count is a constant and whose body indexes registers.
-#ifdef __clang__
+#if defined(METAL_SIM_CUDA)
+#define UNROLL _Pragma("unroll")
+#elif defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 64")
