@@ -107,7 +107,9 @@ private:
       const uint row = first_row + pass * ROWS_PER_PASS;
       if (ROWS % ROWS_PER_PASS != 0 && row >= ROWS)
         break;
-      for (uint v = first_vector; v < VECTORS; v += THREADS_PER_ROW) {
+      UNROLL
+      for (uint i = 0; i < VECTORS / THREADS_PER_ROW; ++i) {
+        const uint v = first_vector + i * THREADS_PER_ROW;
         threadgroup T* to = tile + row * LD + v * COUNT;
         const uint k = k0 + v * COUNT;
         if (VECTORIZED) {
