@@ -50,8 +50,10 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
   plan.gate_up_blocks = ceil_div(widest, plan.variant->matrix && shape.gated ? tile_n / 2 : tile_n);
   plan.down_blocks = ceil_div(shape.hidden, tile_n);
   if (plan.variant->matrix)
-    plan.threadgroup_bytes =
-        gemm_threadgroup_bytes(plan.row_tile, plan.variant->stages_weights ? tile_n : 0, tuning.threadgroup_bytes);
+    plan.threadgroup_bytes = gemm_threadgroup_bytes(
+        plan.row_tile, plan.variant->stages_weights ? tile_n : 0,
+        plan.variant->stages_weights && shape.dtype != Dtype::Fp32 ? tuning.threadgroup_pad_bytes : ROW_PAD_BYTES,
+        tuning.threadgroup_bytes);
 
   const size_t item = shape.dtype == Dtype::Fp32 ? 4 : 2;
   plan.h_bytes = size_t(plan.rows) * plan.h_row_stride * item;

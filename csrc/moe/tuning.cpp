@@ -11,8 +11,11 @@ const Tuning& tuning_for(const std::string& engine) {
       .prefill4_tokens = UINT32_MAX, .base_tokens = UINT32_MAX, .prefill4_row_tile = PREFILL4_ROW_TILE_ONE_LANE};
   // Tensor cores are idle most of the time whatever the tile, so padding costs little and reading weights again more;
   // copies run ahead of the arithmetic, where dot products wait for their loads.
-  static const Tuning cuda{
-      .prefill4_tokens = 1, .base_tokens = 1, .row_tile_per_mean_rows = 1.5f, .largest_row_tile = 128};
+  static const Tuning cuda{.prefill4_tokens = 1,
+                           .base_tokens = 1,
+                           .row_tile_per_mean_rows = 1.5f,
+                           .largest_row_tile = 128,
+                           .threadgroup_pad_bytes = 0};
   // The published table, but every kernel is selected for some shape.
   static const Tuning exact{.largest_row_tile = 128};
   return engine == "native" ? native : engine == "cuda" ? cuda : engine == "exact" ? exact : published;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "moe/experts.h"
+#include "tiles/staged_rows.h"
 
 #include <cstdint>
 #include <string>
@@ -23,6 +24,8 @@ struct Tuning {
   uint32_t largest_row_tile = 64;
   /// Threadgroup memory that a matrix family's kernels were compiled for: what the device has.
   uint32_t threadgroup_bytes = 32 << 10;
+  /// Between staged rows of 16-bit elements there.
+  uint32_t threadgroup_pad_bytes = ROW_PAD_BYTES;
 };
 
 /// What holds on the device whose engine is `engine` (Context::engine).

@@ -122,7 +122,8 @@ const Nvrtc& nvrtc() {
 
 std::vector<std::string> compiler_options(const std::string& kernel, int architecture) {
   return {
-      "--gpu-architecture=sm_" + std::to_string(architecture),
+      // With the warpgroup instructions, which only this architecture has.
+      "--gpu-architecture=sm_" + std::to_string(architecture) + (architecture == 90 ? "a" : ""),
       "--std=c++20",
       "--device-as-default-execution-space", // the sources say nothing of host and device
       "--device-int128",

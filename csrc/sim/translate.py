@@ -111,7 +111,7 @@ def engine_macros(engine: str) -> list[str]:
         f"-DSIMD_WIDTH={SIMD_WIDTH[engine]}",
     ]
     if engine == "cuda":  # known where the kernels are compiled for a GPU, after the preprocessor has been here
-        macros.append("-DTHREADGROUP_BYTES=METAL_SIM_THREADGROUP_BYTES")
+        macros += ["-DTHREADGROUP_BYTES=METAL_SIM_THREADGROUP_BYTES", "-DTHREADGROUP_PAD_BYTES=0"]
     return macros
 
 

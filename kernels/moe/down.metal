@@ -198,15 +198,8 @@ down_gemm(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], dev
   product.multiply(rows, tile.rows, weights, first_column, K, args.vectorized, memory, simdgroup, lane);
 
   device const T* b = routed && args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
-  const uint row = Tile::first_row(simdgroup), column = first_column + Tile::first_column(simdgroup);
-  if (row >= tile.rows)
-    return;
-  const DownStore<T> store{y + ulong(tile.first_row + row) * args.out_row_stride,
-                           b,
-                           tile.rows - row,
-                           column,
-                           args.hidden,
-                           args.out_row_stride};
+  const DownStore<T> store{
+      y + ulong(tile.first_row) * args.out_row_stride, b, tile.rows, first_column, args.hidden, args.out_row_stride};
   product.for_each_pair(store, memory, simdgroup, lane);
 }
 

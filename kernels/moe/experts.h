@@ -27,35 +27,33 @@ SHARED_CONSTANT uint LARGE_BATCH_TILE_N = 128;
 SHARED_CONSTANT uint SIMD_TILE_N = 64;
 SHARED_CONSTANT uint GEMM_SIMDGROUPS = 4;
 
-/// Bytes between the end of a staged row and the next: rows then start in different threadgroup memory banks.
-SHARED_CONSTANT uint GEMM_ROW_PAD_BYTES = 16;
 /// Tiles of K in threadgroup memory at a time, at most: one that is multiplied, the others on their way.
-SHARED_CONSTANT uint GEMM_MAX_STAGES = 3;
+SHARED_CONSTANT uint GEMM_MAX_STAGES = 4;
 /// One 8x8 fp32 fragment of gate and of up per simdgroup, beside the stages.
 SHARED_CONSTANT uint GEMM_FRAGMENT_BYTES = GEMM_SIMDGROUPS * 2 * 64 * 4;
 
-// How a matrix family's threadgroup uses `limit` bytes of threadgroup memory. `weight_rows`: those staged, tile_n; 0
-// for `simd`, which stages activations only.
+/// How a matrix family's threadgroup uses its memory.
+struct GemmStages {
+  uint k_bytes;     // of K in a stage
+  uint stage_bytes; // of all rows of a stage
+  uint stages;
+};
 
-constexpr uint gemm_stage_bytes(uint row_tile, uint weight_rows, uint k_bytes) {
-  return (row_tile + weight_rows) * (k_bytes + GEMM_ROW_PAD_BYTES);
-}
-/// Bytes of K in a stage: the largest power of two with which a stage fits, up to 128 with weights, 512 without.
-constexpr uint gemm_k_bytes(uint row_tile, uint weight_rows, uint limit) {
+/// Within `limit` bytes. `weight_rows`: those staged, tile_n; 0 for `simd`, which stages activations only. `pad_bytes`
+/// follow each row. A stage takes the largest power of two of K with which it fits, up to 128 bytes with weights, 512
+/// without.
+constexpr GemmStages gemm_stages(uint row_tile, uint weight_rows, uint pad_bytes, uint limit) {
+  const uint rows = row_tile + weight_rows, room = limit - GEMM_FRAGMENT_BYTES;
   uint k_bytes = weight_rows ? 128 : 512;
-  while (gemm_stage_bytes(row_tile, weight_rows, k_bytes) + GEMM_FRAGMENT_BYTES > limit)
+  while (rows * (k_bytes + pad_bytes) > room)
     k_bytes /= 2;
-  return k_bytes;
+  const uint stage_bytes = rows * (k_bytes + pad_bytes);
+  const uint stages = room / stage_bytes;
+  return {k_bytes, stage_bytes, stages < GEMM_MAX_STAGES ? stages : GEMM_MAX_STAGES};
 }
-constexpr uint gemm_stages(uint row_tile, uint weight_rows, uint limit) {
-  const uint stage = gemm_stage_bytes(row_tile, weight_rows, gemm_k_bytes(row_tile, weight_rows, limit));
-  const uint stages = (limit - GEMM_FRAGMENT_BYTES) / stage;
-  return stages < GEMM_MAX_STAGES ? stages : GEMM_MAX_STAGES;
-}
-constexpr uint gemm_threadgroup_bytes(uint row_tile, uint weight_rows, uint limit) {
-  return gemm_stages(row_tile, weight_rows, limit) *
-             gemm_stage_bytes(row_tile, weight_rows, gemm_k_bytes(row_tile, weight_rows, limit)) +
-         GEMM_FRAGMENT_BYTES;
+constexpr uint gemm_threadgroup_bytes(uint row_tile, uint weight_rows, uint pad_bytes, uint limit) {
+  const GemmStages staging = gemm_stages(row_tile, weight_rows, pad_bytes, limit);
+  return staging.stages * staging.stage_bytes + GEMM_FRAGMENT_BYTES;
 }
 
 // `simd` and vectorised loads need rows that start at multiples of this many bytes.

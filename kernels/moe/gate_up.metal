@@ -196,11 +196,8 @@ gate_up_gemm(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]], 
   product.multiply(rows, tile.rows, weights, first_column, args.hidden, args.vectorized, memory, simdgroup, lane);
 
   device const T* b = routed && args.has_bias ? bias + ulong(tile.expert) * MATRICES * args.intermediate : nullptr;
-  const uint row = Tile::first_row(simdgroup), column = first_column + Tile::first_column(simdgroup);
-  if (row >= tile.rows)
-    return;
   const GateUpStore<T, GATED> store{
-      h + ulong(tile.first_row + row) * args.h_row_stride, b, tile.rows - row, column, intermediate, args};
+      h + ulong(tile.first_row) * args.h_row_stride, b, tile.rows, first_column, intermediate, args};
   product.for_each_pair(store, memory, simdgroup, lane);
 }
 

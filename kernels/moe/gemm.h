@@ -11,7 +11,7 @@
 #pragma once
 #include "../formats/dense.h"
 #include "../tiles/async_copy.h"
-#include "../tiles/simdgroup_tile.h"
+#include "../tiles/threadgroup_tile.h"
 #include "activation.h"
 #include "group.h"
 #include "row_source.h"
@@ -19,6 +19,10 @@
 // What a threadgroup may hold in threadgroup memory. Apple's GPUs have 32 KiB; an engine with more defines it.
 #ifndef THREADGROUP_BYTES
 #define THREADGROUP_BYTES 32768
+#endif
+// Between staged rows of 16-bit elements, where an engine has a layout of its own for them.
+#ifndef THREADGROUP_PAD_BYTES
+#define THREADGROUP_PAD_BYTES ROW_PAD_BYTES
 #endif
 
 constexpr constant uint GEMM_LANE_SIMDGROUPS = simdgroups(GEMM_SIMDGROUPS, SIMD_WIDTH);
@@ -66,9 +70,9 @@ struct DeviceWeights {
   }
 };
 
-/// Copies tiles of K from ROWS rows of device memory to rows of LD elements in threadgroup memory. Each thread has
-/// places of its own, the same in every tile.
-template <typename T, uint ROWS, uint K_TILE, uint LD>
+/// Copies tiles of K from ROWS rows of device memory to threadgroup memory. Each thread has places of its own, the same
+/// in every tile.
+template <typename T, uint ROWS, uint K_TILE, typename Layout>
 struct RowStager {
   static constexpr constant uint THREADS = GEMM_LANE_SIMDGROUPS * SIMD_WIDTH;
   static constexpr constant uint COUNT = Vector16<T>::COUNT;
@@ -110,7 +114,7 @@ private:
       UNROLL
       for (uint i = 0; i < VECTORS / THREADS_PER_ROW; ++i) {
         const uint v = first_vector + i * THREADS_PER_ROW;
-        threadgroup T* to = tile + row * LD + v * COUNT;
+        threadgroup T* to = tile + Layout::at(row, v * COUNT);
         const uint k = k0 + v * COUNT;
         if (VECTORIZED) {
           copy_async(to, from[pass] + k, row < count && k < K);
@@ -126,30 +130,24 @@ private:
 template <typename T, typename Acc, uint MATRICES, uint ROW_TILE, uint TILE_N, bool STAGE_WEIGHTS>
 struct GemmTile {
   static constexpr constant uint WEIGHT_ROWS = STAGE_WEIGHTS ? TILE_N : 0;
-  static constexpr constant uint K_BYTES = gemm_k_bytes(ROW_TILE, WEIGHT_ROWS, THREADGROUP_BYTES);
-  static constexpr constant uint STAGES = gemm_stages(ROW_TILE, WEIGHT_ROWS, THREADGROUP_BYTES);
-  static constexpr constant uint STAGE_BYTES = gemm_stage_bytes(ROW_TILE, WEIGHT_ROWS, K_BYTES);
-  static constexpr constant uint K_TILE = K_BYTES / sizeof(T);
-  static constexpr constant uint LD = (K_BYTES + GEMM_ROW_PAD_BYTES) / sizeof(T);
   static constexpr constant uint COLUMNS = TILE_N / MATRICES;
+  static constexpr constant uint PAD_BYTES = STAGE_WEIGHTS && sizeof(T) == 2 ? THREADGROUP_PAD_BYTES : ROW_PAD_BYTES;
+  static constexpr constant GemmStages STAGING = gemm_stages(ROW_TILE, WEIGHT_ROWS, PAD_BYTES, THREADGROUP_BYTES);
+  static constexpr constant uint STAGES = STAGING.stages;
+  static constexpr constant uint STAGE_BYTES = STAGING.stage_bytes;
+  static constexpr constant uint K_TILE = STAGING.k_bytes / sizeof(T);
 
-  // The part of the tile that a simdgroup computes.
-  static constexpr constant uint ROW_PARTS = GEMM_LANE_SIMDGROUPS > 1 && ROW_TILE >= 64 ? 2 : 1;
-  static constexpr constant uint COLUMN_PARTS = GEMM_LANE_SIMDGROUPS / ROW_PARTS;
-  static constexpr constant uint PART_ROWS = ROW_TILE / ROW_PARTS;
-  static constexpr constant uint PART_COLUMNS = COLUMNS / COLUMN_PARTS;
-  using Sums = conditional_t<STAGE_WEIGHTS, StagedTile<T, Acc, MATRICES, PART_ROWS, PART_COLUMNS>,
-                             SimdgroupTile<T, Acc, MATRICES, PART_ROWS, PART_COLUMNS>>;
+  using Sums =
+      conditional_t<STAGE_WEIGHTS,
+                    StagedTile<T, Acc, MATRICES, ROW_TILE, COLUMNS, GEMM_LANE_SIMDGROUPS, STAGING.k_bytes>,
+                    ThreadgroupTile<T, Acc, MATRICES, ROW_TILE, COLUMNS, GEMM_LANE_SIMDGROUPS, STAGING.k_bytes>>;
+  using Layout = typename Sums::Layout;
   Sums sums;
-
-  static uint first_row(uint simdgroup) { return simdgroup / COLUMN_PARTS * PART_ROWS; }
-  static uint first_column(uint simdgroup) { return simdgroup % COLUMN_PARTS * PART_COLUMNS; }
 
   /// visit(row, column, sums) for this lane's pairs of neighbouring columns, in places of the tile.
   template <typename Visit>
   void for_each_pair(thread const Visit& visit, threadgroup uchar* memory, uint simdgroup, uint lane) thread const {
-    threadgroup float* own = reinterpret_cast<threadgroup float*>(memory + STAGES * STAGE_BYTES) + simdgroup * 2 * 64;
-    sums.for_each_pair(visit, own, lane);
+    sums.for_each_pair(visit, reinterpret_cast<threadgroup float*>(memory + STAGES * STAGE_BYTES), simdgroup, lane);
   }
 
   /// sums = rows x weights over all of K. `memory`: gemm_threadgroup_bytes.
@@ -157,10 +155,9 @@ struct GemmTile {
   void multiply(thread const Source& source, uint count, thread const WeightRows<T>& weights, uint tile_column, uint K,
                 bool vectorized, threadgroup uchar* memory, uint simdgroup, uint lane) thread {
     const uint thread_index = simdgroup * SIMD_WIDTH + lane;
-    const uint own_row = first_row(simdgroup), own_column = first_column(simdgroup);
-    RowStager<T, ROW_TILE, K_TILE, LD> rows;
+    RowStager<T, ROW_TILE, K_TILE, Layout> rows;
     rows.start(source, count, thread_index);
-    RowStager<T, STAGE_WEIGHTS ? TILE_N : 1, K_TILE, LD> weight_rows;
+    RowStager<T, STAGE_WEIGHTS ? TILE_N : 1, K_TILE, Layout> weight_rows;
     if (STAGE_WEIGHTS)
       weight_rows.start(TileWeightRows<T, COLUMNS>{weights, tile_column, K}, TILE_N, thread_index);
 
@@ -182,14 +179,12 @@ struct GemmTile {
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
       threadgroup const T* staged = stage(memory, step);
-      if (own_row >= count)
-        continue;
       if constexpr (STAGE_WEIGHTS)
-        sums.template multiply_add<K_TILE, LD>(staged + own_row * LD,
-                                               StagedWeights<T, COLUMNS, LD>{staged + ROW_TILE * LD, own_column});
+        sums.multiply_add(staged, staged + Layout::at(ROW_TILE, 0), count, simdgroup);
       else
-        sums.template multiply_add<K_TILE, LD>(staged + own_row * LD,
-                                               DeviceWeights<T>{weights, tile_column + own_column, step * K_TILE, K});
+        sums.multiply_add(staged,
+                          DeviceWeights<T>{weights, tile_column + Sums::first_column(simdgroup), step * K_TILE, K},
+                          count, simdgroup);
     }
   }
 
@@ -205,7 +200,7 @@ private:
       threadgroup T* to = stage(memory, step);
       rows.copy(to, step * K_TILE, K, vectorized);
       if (STAGE_WEIGHTS)
-        weights.copy(to + ROW_TILE * LD, step * K_TILE, K, vectorized);
+        weights.copy(to + Layout::at(ROW_TILE, 0), step * K_TILE, K, vectorized);
     }
     copy_commit(); // also of nothing: copy_wait counts groups
   }

@@ -7,22 +7,19 @@
 //
 // fp16 accumulation: sums of FP16_RUN elements of K in fp16, those sums added in fp32.
 #pragma once
-#include "simd.h"
+#include "staged_rows.h"
 #include <metal_simdgroup_matrix>
 
 constexpr constant uint FP16_RUN = 16;
 
-/// Weights staged in threadgroup memory: matrix m, column c at (m * COLUMNS_PER_MATRIX + first_column + c) * LD.
-template <typename T, uint COLUMNS_PER_MATRIX, uint LD>
+/// Weights staged in threadgroup memory: matrix m, column c is row m * matrix_step + c.
+template <typename T, uint LD>
 struct StagedWeights {
   threadgroup const T* base;
-  uint first_column;
+  uint matrix_step;
 
-  threadgroup const T* at(uint matrix, uint column) thread const {
-    return base + (matrix * COLUMNS_PER_MATRIX + first_column + column) * LD;
-  }
   void load(thread simdgroup_matrix<T, 8, 8>& fragment, uint matrix, uint column, uint k) thread const {
-    simdgroup_load(fragment, at(matrix, column) + k, LD, ulong2(0, 0), true);
+    simdgroup_load(fragment, base + (matrix * matrix_step + column) * LD + k, LD, ulong2(0, 0), true);
   }
 };
 
@@ -62,15 +59,16 @@ struct SimdgroupTile {
     }
   }
 
-  /// visit(row, column, sums) for every pair of neighbouring columns (column is even) of this lane; sums[m][0..1].
-  /// `memory`: a place of this simdgroup's own for MATRICES fragments.
+  /// visit(first_row + r, first_column + c, sums) for every pair of neighbouring columns c, c + 1 (c is even) of this
+  /// lane; sums[m][0..1]. `memory`: a place of this simdgroup's own for MATRICES fragments.
   template <typename Visit>
-  void for_each_pair(thread const Visit& visit, threadgroup float* memory, uint lane) thread const {
+  void for_each_pair(thread const Visit& visit, uint first_row, uint first_column, threadgroup float* memory,
+                     uint lane) thread const {
     for (uint b = 0; b < BLOCKS; ++b)
       for (uint i = 0; i < ROW_FRAGMENTS; ++i)
         for (uint j = 0; j < COLUMN_FRAGMENTS; ++j) {
-          const uint row = (b / BLOCK_COLUMNS * ROW_FRAGMENTS + i) * 8;
-          const uint column = (b % BLOCK_COLUMNS * COLUMN_FRAGMENTS + j) * 8;
+          const uint row = first_row + (b / BLOCK_COLUMNS * ROW_FRAGMENTS + i) * 8;
+          const uint column = first_column + (b % BLOCK_COLUMNS * COLUMN_FRAGMENTS + j) * 8;
           for (uint m = 0; m < MATRICES; ++m)
             simdgroup_store(blocks[b].fragment[index(i, m, j)], memory + m * 64, 8);
           simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -134,14 +132,3 @@ private:
     }
   }
 };
-
-/// The tile where rows and weights are both staged in threadgroup memory: an engine may have wider fragments for it.
-#ifdef METAL_SIM_CUDA
-template <typename T, typename Acc, uint MATRICES, uint ROWS, uint COLUMNS>
-using StagedTile =
-    conditional_t<metal_sim::has_tensor_tile<T>, metal_sim::TensorTile<T, sizeof(Acc) == 2, MATRICES, ROWS, COLUMNS>,
-                  SimdgroupTile<T, Acc, MATRICES, ROWS, COLUMNS>>;
-#else
-template <typename T, typename Acc, uint MATRICES, uint ROWS, uint COLUMNS>
-using StagedTile = SimdgroupTile<T, Acc, MATRICES, ROWS, COLUMNS>;
-#endif

@@ -2,7 +2,8 @@
 // constants by value, and the place of its threadgroup arguments in the shared memory of the launch.
 #pragma once
 
-extern __shared__ uint4 metal_sim_threadgroup_memory[];
+// Aligned for the swizzled rows of cuda_tile.h.
+extern __shared__ __align__(1024) uint4 metal_sim_threadgroup_memory[];
 
 namespace metal_sim {
 
