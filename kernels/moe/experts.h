@@ -28,7 +28,7 @@ SHARED_CONSTANT uint SIMD_TILE_N = 64;
 SHARED_CONSTANT uint GEMM_SIMDGROUPS = 4;
 
 /// Tiles of K in threadgroup memory at a time, at most: one that is multiplied, the others on their way.
-SHARED_CONSTANT uint GEMM_MAX_STAGES = 4;
+SHARED_CONSTANT uint GEMM_MAX_STAGES = 3;
 /// One 8x8 fp32 fragment of gate and of up per simdgroup, beside the stages.
 SHARED_CONSTANT uint GEMM_FRAGMENT_BYTES = GEMM_SIMDGROUPS * 2 * 64 * 4;
 

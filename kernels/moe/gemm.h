@@ -142,6 +142,7 @@ struct GemmTile {
                     StagedTile<T, Acc, MATRICES, ROW_TILE, COLUMNS, GEMM_LANE_SIMDGROUPS, STAGING.k_bytes>,
                     ThreadgroupTile<T, Acc, MATRICES, ROW_TILE, COLUMNS, GEMM_LANE_SIMDGROUPS, STAGING.k_bytes>>;
   using Layout = typename Sums::Layout;
+  static_assert(Layout::ROW_BYTES * (ROW_TILE + WEIGHT_ROWS) == STAGE_BYTES, "host and kernel lay stages out alike");
   Sums sums;
 
   /// visit(row, column, sums) for this lane's pairs of neighbouring columns, in places of the tile.

@@ -47,8 +47,7 @@ struct ThreadgroupTile {
 #ifdef METAL_SIM_CUDA
 template <typename T, typename Acc, uint MATRICES, uint ROWS, uint COLUMNS, uint SIMDGROUPS, uint K_BYTES>
 using StagedTile =
-    conditional_t<sizeof(T) == 2,
-                  metal_sim::TensorTile<T, sizeof(Acc) == 2, MATRICES, ROWS, COLUMNS, SIMDGROUPS, K_BYTES>,
+    conditional_t<sizeof(T) == 2, metal_sim::TensorTile<T, sizeof(Acc) == 2, MATRICES, ROWS, COLUMNS, SIMDGROUPS>,
                   ThreadgroupTile<T, Acc, MATRICES, ROWS, COLUMNS, SIMDGROUPS, K_BYTES>>;
 #else
 template <typename T, typename Acc, uint MATRICES, uint ROWS, uint COLUMNS, uint SIMDGROUPS, uint K_BYTES>

@@ -261,9 +261,8 @@ struct WarpgroupTile {
 
 #endif
 
-template <typename T, bool FP16_ACCUMULATION, uint MATRICES, uint ROWS, uint COLUMNS, uint WARPS, uint K_BYTES>
+template <typename T, bool FP16_ACCUMULATION, uint MATRICES, uint ROWS, uint COLUMNS, uint WARPS>
 struct TensorTileOf {
-  static_assert(sizeof(T) != 2 || K_BYTES == SwizzledRows<T>::ROW_BYTES);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   static constexpr bool WARPGROUP = !FP16_ACCUMULATION && WARPS == 4 && ROWS % 64 == 0 && MATRICES * COLUMNS == 128;
 #else
@@ -274,7 +273,7 @@ struct TensorTileOf {
   using type = metal::conditional_t<WARPGROUP, WarpgroupTile<T, MATRICES, ROWS, COLUMNS>,
                                     WarpsTile<T, FP16_ACCUMULATION, MATRICES, ROWS, COLUMNS, WARPS>>;
 };
-template <typename T, bool FP16_ACCUMULATION, uint MATRICES, uint ROWS, uint COLUMNS, uint WARPS, uint K_BYTES>
-using TensorTile = typename TensorTileOf<T, FP16_ACCUMULATION, MATRICES, ROWS, COLUMNS, WARPS, K_BYTES>::type;
+template <typename T, bool FP16_ACCUMULATION, uint MATRICES, uint ROWS, uint COLUMNS, uint WARPS>
+using TensorTile = typename TensorTileOf<T, FP16_ACCUMULATION, MATRICES, ROWS, COLUMNS, WARPS>::type;
 
 } // namespace metal_sim
