@@ -122,20 +122,14 @@ public:
       parameters[i] = addresses[i];
     }
     LaunchGrid place{{0, 0, 0}, dispatch.grid};
-    // Threadgroups may take their places while the kernel before them ends; each waits for that (cuda_entry.h).
-    CudaLaunchAttribute early_start{CUDA_LAUNCH_PROGRAMMATIC_SERIALIZATION, architecture_ >= 90, {}};
     parameters[kernel.argument_count] = &place;
     const CurrentCudaContext current(context_);
     for (place.first.z = 0; place.first.z < dispatch.grid.z; place.first.z += MAX_GRID_YZ)
       for (place.first.y = 0; place.first.y < dispatch.grid.y; place.first.y += MAX_GRID_YZ) {
-        const CudaLaunch config{{dispatch.grid.x, std::min(dispatch.grid.y - place.first.y, MAX_GRID_YZ),
-                                 std::min(dispatch.grid.z - place.first.z, MAX_GRID_YZ)},
-                                {dispatch.group.x, dispatch.group.y, dispatch.group.z},
-                                shared,
-                                stream,
-                                &early_start,
-                                1};
-        const CudaResult result = cuda_driver().launch(&config, kernel.function, parameters, nullptr);
+        const CudaResult result = cuda_driver().launch(
+            kernel.function, dispatch.grid.x, std::min(dispatch.grid.y - place.first.y, MAX_GRID_YZ),
+            std::min(dispatch.grid.z - place.first.z, MAX_GRID_YZ), dispatch.group.x, dispatch.group.y,
+            dispatch.group.z, shared, stream, parameters, nullptr);
         // An error of earlier work on the device shows here as well: CUDA reports it to whoever calls next.
         if (result)
           return std::string("kernel '") + kernel.name + "' cannot be launched: " + describe_cuda(result);

@@ -24,15 +24,6 @@ struct LaunchGrid {
   Size3 grid;
 };
 
-/// First of all: lets the next kernel take its places where this one has all of its own, and waits until the kernel
-/// before has ended and its results are in memory.
-METAL_FUNC void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 METAL_FUNC ThreadContext cuda_context(const LaunchGrid& launch) {
   ThreadContext context;
   context.threadgroups_per_grid = launch.grid;
