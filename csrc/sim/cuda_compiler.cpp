@@ -217,18 +217,13 @@ void write_file(const fs::path& path, const std::string& contents) {
 } // namespace
 
 uint32_t cuda_threadgroup_bytes(int architecture) {
-  // Shared memory of a multiprocessor in KiB; each of its blocks takes one more than it asks for.
-  uint32_t shared = 64;
+  // Shared memory of a multiprocessor in KiB, the least of all where unknown; each block takes one more than it asks
+  // for.
+  uint32_t shared = 100;
   switch (architecture) {
   case 80:
   case 87:
     shared = 164;
-    break;
-  case 86:
-  case 89:
-  case 120:
-  case 121:
-    shared = 100;
     break;
   case 90:
   case 100:

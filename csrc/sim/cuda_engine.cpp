@@ -15,6 +15,8 @@
 namespace metal_sim {
 namespace {
 
+/// Compute capability from which on there are asynchronous copies and bfloat16 products.
+constexpr int MIN_CUDA_MAJOR = 8;
 /// Threadgroups of one launch in y and z: CUDA's limit. Larger grids take several launches.
 constexpr uint32_t MAX_GRID_YZ = 65535;
 /// Every threadgroup argument begins at a multiple of it.
@@ -49,6 +51,10 @@ public:
     check_cuda(driver.device_attribute(&major, CUDA_COMPUTE_CAPABILITY_MAJOR, device), "compute capability");
     check_cuda(driver.device_attribute(&minor, CUDA_COMPUTE_CAPABILITY_MINOR, device), "compute capability");
     architecture_ = major * 10 + minor;
+    if (major < MIN_CUDA_MAJOR)
+      throw std::runtime_error("CUDA device " + std::to_string(ordinal) + " has compute capability " +
+                               std::to_string(major) + "." + std::to_string(minor) + ": " +
+                               std::to_string(MIN_CUDA_MAJOR) + ".0 or later is needed");
     char name[256] = {};
     check_cuda(driver.device_name(name, int(sizeof name), device), "name of the CUDA device");
     device_name_ = name;

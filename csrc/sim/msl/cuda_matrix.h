@@ -33,8 +33,6 @@ METAL_FUNC void multiply_add_lanes(const metal::vec<A, 2>& a, const metal::vec<B
   }
 }
 
-#if __CUDA_ARCH__ >= 800
-
 METAL_FUNC uint32_t transposed(uint32_t fragment) {
   uint32_t result;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(fragment));
@@ -53,8 +51,6 @@ METAL_FUNC uint32_t transposed(uint32_t fragment) {
 METAL_SIM_MMA(half, "f16")
 METAL_SIM_MMA(bfloat, "bf16")
 #undef METAL_SIM_MMA
-
-#endif
 
 } // namespace metal_sim
 
