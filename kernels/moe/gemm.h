@@ -147,7 +147,7 @@ struct GemmTile {
           UNROLL
           for (uint i = 0; i < ROW_FRAGMENTS; ++i) {
             const uint f = index(i, m, j);
-            if constexpr (FP16)
+            if (FP16)
               simdgroup_multiply_accumulate(part[f], a[i], b, part[f]);
             else
               simdgroup_multiply_accumulate(sum.fragment[f], a[i], b, sum.fragment[f]);
