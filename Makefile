@@ -61,7 +61,7 @@ bench: $(INSTALLED)
 
 # The headers of Metal's own names have no extension; those in scan/ are empty.
 FORMATTED = $(shell git ls-files 'kernels/*.h' 'kernels/*.metal' 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' \
-  'csrc/sim/msl/metal_*' 'tests/*.h' 'tests/*.metal' 'tests/*.cpp' 'bench/*.cpp')
+  'csrc/sim/msl/metal_*' 'tests/*.h' 'tests/*.metal' 'tests/*.cpp' 'tools/*.h' 'bench/*.cpp')
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -14,7 +14,8 @@ nothing of OpenCL's restrictions. And in both a plain struct cannot be copied ou
 allows: those errors are left out (`_is_struct_copy`).
 
 What is stricter here than Metal may be, on purpose: a temporary does not bind to a `thread const T&` parameter in
-OpenCL (Metal's specification does not say), so kernels give it a name first; and member functions work on objects in
+OpenCL (Metal's specification does not say), so kernels give it a name first; a constant of a struct type cannot be what
+a function returns, because C++14 would copy it into the constant address space; and member functions work on objects in
 thread memory only, because C++14 has no address space for `this`.
 """
 
@@ -53,8 +54,10 @@ OPENCL = [
     *("-x", "clcpp", "-cl-std=CLC++2021", "-cl-no-stdinc", "-cl-single-precision-constant", "-Wpre-c++17-compat"),
     *("-Xclang", "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space"),
 ]
+# A vector of a type that is a template's parameter: see typing_vector in the prelude.
+VECTOR = re.compile(r"\b(?:metal::)?vec<(?P<arguments>(?:[^<>()]|\([^()]*\))*)>(?=\()")
 ATTRIBUTE = re.compile(r"\[\[[^\[\]]*\]\]")
-KERNEL = re.compile(r"^(?!#)((?:.*[^\w\"])?)kernel\b(?! *[(;,=])", re.MULTILINE)
+KERNEL = re.compile(r"\bkernel\b(?=\s+void\b)")
 NUMBER = re.compile(r"(?<![\w.])\.?\d(?:[eEpP][+-]|[\w.'])*")
 DIAGNOSTIC = re.compile(
     r"^(?P<file>[^\s:]+):(?P<line>\d+):\d+: (?P<kind>fatal error|error|warning|note): (?P<text>.*)$"
@@ -65,11 +68,20 @@ STRUCT_COPY_NOTE = re.compile(
     r"|^candidate constructor \(the implicit default constructor\) not viable"
     r"|^in instantiation of "
 )
-TEMPORARY = re.compile(
-    r"^candidate template ignored: (cannot deduce a type for '\w+' that would make '(const )?__private \w+' equal"
-    r"|could not match '(const )?__private .*' against '[^_])"
-    r"|^candidate function not viable: cannot bind reference in default address space to object in .* '__private'"
-)
+HINTS = [
+    (
+        re.compile(
+            r"^candidate template ignored: cannot deduce a type for '\w+' that would make '(const )?__private \w+' eq"
+            r"|^candidate template ignored: could not match '(const )?__private .*' against '[^_]"
+            r"|^candidate function not viable: cannot bind reference in default address space to object in .*__private"
+        ),
+        "a temporary is taken by reference: give it a name first",
+    ),
+    (
+        re.compile(r"^candidate constructor ignored: cannot be used to construct an object in address space"),
+        "give a constant of a struct type its members in braces, or take members of the call's result",
+    ),
+]
 # What clang says, and what it is called in Metal.
 SPACES = {1: "device", 2: "constant", 3: "threadgroup"}
 WORDS = [
@@ -157,33 +169,37 @@ def _preprocess(clang: str, options: list[str], source: Path) -> subprocess.Comp
 def as_cxx(text: str) -> str:
     """Preprocessed Metal without attributes, whose names and places C++ does not know all, without the word `kernel`,
     and with C++'s literals: a number without suffix is a float."""
-    text = KERNEL.sub(r"\1", ATTRIBUTE.sub(lambda match: "\n" * match[0].count("\n"), text))
+    text = KERNEL.sub("", ATTRIBUTE.sub(lambda match: "\n" * match[0].count("\n"), text))
     lines = text.split("\n")
     for i, line in enumerate(lines):
         if not line.startswith("#") and '"' not in line:
-            lines[i] = NUMBER.sub(lambda match: msl_reader.literal(match[0]), line)
+            line = NUMBER.sub(lambda match: msl_reader.literal(match[0]), line)
+            lines[i] = VECTOR.sub(r"metal::typing_vector<\g<arguments>>::of", line)
     return "\n".join(lines)
 
 
 def _findings(stderr: str) -> list[Finding]:
-    errors: list[tuple[re.Match[str], list[str]]] = []
-    for line in stderr.splitlines():
-        diagnostic = DIAGNOSTIC.match(line)
-        if diagnostic is None:
-            continue
+    errors: list[tuple[re.Match[str], list[re.Match[str]]]] = []
+    for diagnostic in filter(None, map(DIAGNOSTIC.match, stderr.splitlines())):
         if diagnostic["kind"] != "note":
             errors.append((diagnostic, []))
         elif errors:
-            errors[-1][1].append(diagnostic["text"])
+            errors[-1][1].append(diagnostic)
     findings: dict[tuple[str, str, str], Finding] = {}  # one for all instances of a template
     for error, notes in errors:
-        if not _is_struct_copy(error["text"], notes):
-            if any(TEMPORARY.match(note) for note in notes):
-                notes = ["a temporary is taken by reference: give it a name first", *notes]
-            message = in_metals_words("\n  ".join([error["text"], *notes[:3]]))
-            finding = Finding(relative(error["file"]), int(error["line"]), message)
-            findings.setdefault((finding.file, error["line"], error["text"]), finding)
+        texts = [note["text"] for note in notes]
+        if not _is_struct_copy(error["text"], texts):
+            # What the prelude's templates find is the fault of whoever uses them.
+            place = next((one for one in [error, *notes] if one["file"] != str(PRELUDE)), error)
+            message = in_metals_words("\n  ".join([error["text"], *_hints(texts), *texts[:3]]))
+            finding = Finding(relative(place["file"]), int(place["line"]), message)
+            findings.setdefault((finding.file, place["line"], error["text"]), finding)
     return list(findings.values())
+
+
+def _hints(notes: list[str]) -> list[str]:
+    """What to do, where clang's own words do not say it."""
+    return [hint for pattern, hint in HINTS if any(pattern.match(note) for note in notes)]
 
 
 def _is_struct_copy(text: str, notes: list[str]) -> bool:
