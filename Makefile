@@ -1,14 +1,14 @@
 # Two commands: `make demo` shows a layer run, `make test` runs every test. Each sets up what it needs (system packages
 # where it may, a virtual environment in .venv, the build in build/dev) and does again only what has changed.
 #
-#   make demo | test | bench | lint | format | build | clean
+#   make demo | test | check-msl | bench | lint | format | build | clean
 #
 # PYTHON chooses the interpreter, JOBS the number of compilers at a time, PYTEST_ARGS what pytest is given,
 # METAL_MOE_KERNEL_COMPILER (environment) the compiler of the kernels.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-cpp test-python bench lint format build clean
+.PHONY: demo test test-cpp test-python check-msl bench lint format build clean
 
 # The first interpreter that the package supports.
 ifndef PYTHON
@@ -46,6 +46,12 @@ test-cpp: $(INSTALLED)
 test-python: $(INSTALLED)
 	@. $(SYSTEM); [ $$TYPING = ON ] || export METAL_MOE_ALLOW_NO_CLANG=1; $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# Needs Python and clang alone, and no build.
+check-msl: $(SYSTEM)
+	@. $(SYSTEM); [ $$TYPING = ON ] || { echo "make check-msl: no clang of version 19 or later (Debian and Ubuntu:" \
+	  "clang-19); install it and remove $(SYSTEM)"; exit 1; }
+	$(PYTHON) tools/check_msl.py
+
 bench: $(INSTALLED)
 	@. $(SYSTEM); [ $$BENCH = ON ] || { echo "make bench: the C++ benchmarks need Google Benchmark (Debian and Ubuntu:" \
 	  "libbenchmark-dev); install it and remove $(SYSTEM)"; exit 1; }
@@ -55,7 +61,7 @@ bench: $(INSTALLED)
 
 # The headers of Metal's own names have no extension; those in scan/ are empty.
 FORMATTED = $(shell git ls-files 'kernels/*.h' 'kernels/*.metal' 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' \
-  'csrc/sim/msl/metal_*' 'tests/*.h' 'tests/*.metal' 'tests/*.cpp' 'bench/*.cpp')
+  'csrc/sim/msl/metal_*' 'tests/*.h' 'tests/*.metal' 'tests/*.cpp' 'tools/*.h' 'bench/*.cpp')
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

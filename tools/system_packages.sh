@@ -7,7 +7,7 @@
 #   tools/system_packages.sh <python> <directory>
 #
 # Writes <directory>/system.env: TESTS and BENCH (ON or OFF), TYPING (ON or OFF: clang is new enough for the check of
-# Metal's types) and PREFIX (where unpacked packages lie, or empty).
+# Metal's rules, make check-msl) and PREFIX (where unpacked packages lie, or empty).
 set -euo pipefail
 python=$1
 directory=$2
@@ -42,11 +42,11 @@ have_headers || wanted+=(python3-dev)
 have_venv || wanted+=(python3-venv)
 have_cmake_package GTest || wanted+=(libgtest-dev)
 have_cmake_package benchmark || wanted+=(libbenchmark-dev)
-if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null && { [ ${#wanted[@]} -gt 0 ] || [ "$(newest_clang)" -lt 17 ]; }; then
+if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null && { [ ${#wanted[@]} -gt 0 ] || [ "$(newest_clang)" -lt 19 ]; }; then
   export DEBIAN_FRONTEND=noninteractive
   say "system packages: updating apt's lists"
   apt-get update -qq > /dev/null 2>&1 || say "system packages: apt-get update failed; going on with the lists there are"
-  if [ "$(newest_clang)" -lt 17 ]; then
+  if [ "$(newest_clang)" -lt 19 ]; then
     # The version that tests are run with, then newer ones, then older ones.
     for version in 19 20 21 22 18 17 16 15; do
       if apt-cache show "clang-$version" > /dev/null 2>&1; then
@@ -91,8 +91,8 @@ have_cmake_package benchmark && bench=ON || bench=OFF
 [ $tests = ON ] || say "system packages: GoogleTest (Debian and Ubuntu: libgtest-dev) is missing: the C++ tests cannot be built"
 [ $bench = ON ] || say "system packages: Google Benchmark (libbenchmark-dev) is missing: the C++ benchmarks cannot be built"
 clang=$(newest_clang)
-[ "$clang" -ge 17 ] && typing=ON || typing=OFF
+[ "$clang" -ge 19 ] && typing=ON || typing=OFF
 [ "$clang" -ge 15 ] || say "system packages: clang (Debian and Ubuntu: clang-19) is missing: kernels are built with g++"
-[ $typing = ON ] || say "system packages: no clang of version 17 or later: the kernels' types cannot be checked"
+[ $typing = ON ] || say "system packages: no clang of version 19 or later: Metal's rules cannot be checked (make check-msl)"
 [ -d "$unpacked/usr" ] && prefix=$unpacked/usr || prefix=
 printf 'TESTS=%s\nBENCH=%s\nTYPING=%s\nPREFIX=%s\n' "$tests" "$bench" "$typing" "'$prefix'" > "$directory/system.env"

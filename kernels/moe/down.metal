@@ -51,8 +51,9 @@ inline void down_decode_columns(device const T* h, device const T* w2, device co
       const uint K = routed ? args.intermediate : args.shared_intermediate;
       device const T* w = expert_w2(w2, shared_w2, expert, args);
       const SortedRows<T> rows{h + (ulong(token) * slots + slot) * args.h_row_stride, 0};
+      const Rows<T, N> weight_rows = down_rows<N>(w, column, args.hidden, K);
       float sum[N][1];
-      dot_block<VECTORIZED, Acc>(down_rows<N>(w, column, args.hidden, K), rows, 0, K, lane, sum);
+      dot_block<VECTORIZED, Acc>(weight_rows, rows, 0, K, lane, sum);
 
       float weight = 1.0f;
       if (routed)
@@ -124,7 +125,8 @@ inline void down_prefill4_columns(device const T* h, device const T* w, device c
   const uint end = min(first_column + GEMV_TILE_N, args.hidden);
   for (uint column = first_column + simdgroup * Block::R; column < end; column += GEMV_LANE_SIMDGROUPS * Block::R) {
     const Block block{rows, y, bias, K, args.out_row_stride, column, end, lane};
-    for_row_runs<GEMV_ROWS>(block, down_rows<Block::R>(w, column, args.hidden, K), count);
+    const Rows<T, Block::R> weight_rows = down_rows<Block::R>(w, column, args.hidden, K);
+    for_row_runs<GEMV_ROWS>(block, weight_rows, count);
   }
 }
 

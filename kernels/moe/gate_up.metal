@@ -87,7 +87,8 @@ inline void gate_up_gemv(thread const Source& rows, uint count, device const T* 
   using Block = GateUpBlock<VECTORIZED, MAX_ROWS, T, Acc, GATED, Source>;
   for (uint column = first_column + simdgroup * Block::N; column < end; column += GEMV_LANE_SIMDGROUPS * Block::N) {
     const Block block{rows, h, b, intermediate, column, end, lane, args};
-    for_row_runs<MAX_ROWS>(block, block.weights(w), count);
+    const Rows<T, Block::R> weights = block.weights(w);
+    for_row_runs<MAX_ROWS>(block, weights, count);
   }
 }
 

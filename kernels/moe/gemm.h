@@ -127,20 +127,52 @@ private:
   }
 };
 
+/// The weights of a tile: staged behind the ROW_TILE rows of a stage, or read where they are.
+template <bool STAGED, typename T, uint ROW_TILE, uint TILE_N, uint COLUMNS, uint K_TILE, typename Layout>
+struct TileWeights {
+  RowStager<T, TILE_N, K_TILE, Layout> stager;
+
+  void start(thread const WeightRows<T>& weights, uint tile_column, uint, uint K, uint thread_index) thread {
+    const TileWeightRows<T, COLUMNS> rows{weights, tile_column, K};
+    stager.start(rows, TILE_N, thread_index);
+  }
+  void copy(threadgroup T* stage, uint k0, uint K, bool vectorized) thread const {
+    stager.copy(stage + Layout::at(ROW_TILE, 0), k0, K, vectorized);
+  }
+  /// What multiply_add of the sums takes.
+  threadgroup const T* at(threadgroup const T* stage, uint) thread const { return stage + Layout::at(ROW_TILE, 0); }
+};
+template <typename T, uint ROW_TILE, uint TILE_N, uint COLUMNS, uint K_TILE, typename Layout>
+struct TileWeights<false, T, ROW_TILE, TILE_N, COLUMNS, K_TILE, Layout> {
+  DeviceWeights<T> weights;
+
+  void start(thread const WeightRows<T>& rows, uint tile_column, uint own_column, uint K, uint) thread {
+    weights.weights = rows;
+    weights.first_column = tile_column + own_column;
+    weights.K = K;
+  }
+  void copy(threadgroup T*, uint, uint, bool) thread const {}
+  DeviceWeights<T> at(threadgroup const T*, uint k0) thread const {
+    DeviceWeights<T> from = weights;
+    from.k0 = k0;
+    return from;
+  }
+};
+
 template <typename T, typename Acc, uint MATRICES, uint ROW_TILE, uint TILE_N, bool STAGE_WEIGHTS>
 struct GemmTile {
   static constexpr constant uint WEIGHT_ROWS = STAGE_WEIGHTS ? TILE_N : 0;
   static constexpr constant uint COLUMNS = TILE_N / MATRICES;
   static constexpr constant uint PAD_BYTES = STAGE_WEIGHTS && sizeof(T) == 2 ? THREADGROUP_PAD_BYTES : ROW_PAD_BYTES;
-  static constexpr constant GemmStages STAGING = gemm_stages(ROW_TILE, WEIGHT_ROWS, PAD_BYTES, THREADGROUP_BYTES);
-  static constexpr constant uint STAGES = STAGING.stages;
-  static constexpr constant uint STAGE_BYTES = STAGING.stage_bytes;
-  static constexpr constant uint K_TILE = STAGING.k_bytes / sizeof(T);
+  static constexpr constant uint K_BYTES = gemm_stages(ROW_TILE, WEIGHT_ROWS, PAD_BYTES, THREADGROUP_BYTES).k_bytes;
+  static constexpr constant uint STAGE_BYTES =
+      gemm_stages(ROW_TILE, WEIGHT_ROWS, PAD_BYTES, THREADGROUP_BYTES).stage_bytes;
+  static constexpr constant uint STAGES = gemm_stages(ROW_TILE, WEIGHT_ROWS, PAD_BYTES, THREADGROUP_BYTES).stages;
+  static constexpr constant uint K_TILE = K_BYTES / sizeof(T);
 
   using Sums =
-      conditional_t<STAGE_WEIGHTS,
-                    StagedTile<T, Acc, MATRICES, ROW_TILE, COLUMNS, GEMM_LANE_SIMDGROUPS, STAGING.k_bytes>,
-                    ThreadgroupTile<T, Acc, MATRICES, ROW_TILE, COLUMNS, GEMM_LANE_SIMDGROUPS, STAGING.k_bytes>>;
+      conditional_t<STAGE_WEIGHTS, StagedTile<T, Acc, MATRICES, ROW_TILE, COLUMNS, GEMM_LANE_SIMDGROUPS, K_BYTES>,
+                    ThreadgroupTile<T, Acc, MATRICES, ROW_TILE, COLUMNS, GEMM_LANE_SIMDGROUPS, K_BYTES>>;
   using Layout = typename Sums::Layout;
   static_assert(Layout::ROW_BYTES * (ROW_TILE + WEIGHT_ROWS) == STAGE_BYTES, "host and kernel lay stages out alike");
   Sums sums;
@@ -158,9 +190,8 @@ struct GemmTile {
     const uint thread_index = simdgroup * SIMD_WIDTH + lane;
     RowStager<T, ROW_TILE, K_TILE, Layout> rows;
     rows.start(source, count, thread_index);
-    RowStager<T, STAGE_WEIGHTS ? TILE_N : 1, K_TILE, Layout> weight_rows;
-    if (STAGE_WEIGHTS)
-      weight_rows.start(TileWeightRows<T, COLUMNS>{weights, tile_column, K}, TILE_N, thread_index);
+    TileWeights<STAGE_WEIGHTS, T, ROW_TILE, TILE_N, COLUMNS, K_TILE, Layout> tile_weights;
+    tile_weights.start(weights, tile_column, Sums::first_column(simdgroup), K, thread_index);
 
     sums.clear();
     const uint steps = (K + K_TILE - 1) / K_TILE;
@@ -169,23 +200,19 @@ struct GemmTile {
     constexpr uint AHEAD = STAGES - 1;
     UNROLL
     for (uint step = 0; step < AHEAD; ++step)
-      copy_stage(rows, weight_rows, memory, step, steps, K, vectorized);
+      copy_stage(rows, tile_weights, memory, step, steps, K, vectorized);
     for (uint step = 0; step < steps; ++step) {
       if (AHEAD > 0)
         copy_wait<AHEAD - 1>();
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      copy_stage(rows, weight_rows, memory, step + AHEAD, steps, K, vectorized);
+      copy_stage(rows, tile_weights, memory, step + AHEAD, steps, K, vectorized);
       if (AHEAD == 0) {
         copy_wait<0>();
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
       threadgroup const T* staged = stage(memory, step);
-      if constexpr (STAGE_WEIGHTS)
-        sums.multiply_add(staged, staged + Layout::at(ROW_TILE, 0), count, simdgroup);
-      else
-        sums.multiply_add(staged,
-                          DeviceWeights<T>{weights, tile_column + Sums::first_column(simdgroup), step * K_TILE, K},
-                          count, simdgroup);
+      const auto operand = tile_weights.at(staged, step * K_TILE);
+      sums.multiply_add(staged, operand, count, simdgroup);
     }
   }
 
@@ -200,8 +227,7 @@ private:
     if (step < steps) {
       threadgroup T* to = stage(memory, step);
       rows.copy(to, step * K_TILE, K, vectorized);
-      if (STAGE_WEIGHTS)
-        weights.copy(to + Layout::at(ROW_TILE, 0), step * K_TILE, K, vectorized);
+      weights.copy(to, step * K_TILE, K, vectorized);
     }
     copy_commit(); // also of nothing: copy_wait counts groups
   }

@@ -37,22 +37,18 @@ inline void dot_block(thread const Rows<T, R>& w, thread const Source& rows, uin
 /// Runs `block` over `count` rows, up to MAX_ROWS (1, or GEMV_ROWS) of them together.
 template <uint MAX_ROWS, typename Block, typename W>
 inline void for_row_runs(thread const Block& block, thread const W& w, uint count) {
-  if constexpr (MAX_ROWS == 1) {
-    block.template run<1>(w, 0);
-  } else {
-    for (uint first = 0; first < count; first += GEMV_ROWS)
-      switch (min(GEMV_ROWS, count - first)) {
-      case 1:
-        block.template run<1>(w, first);
-        break;
-      case 2:
-        block.template run<2>(w, first);
-        break;
-      case 3:
-        block.template run<3>(w, first);
-        break;
-      default:
-        block.template run<GEMV_ROWS>(w, first);
-      }
-  }
+  for (uint first = 0; first < count; first += MAX_ROWS)
+    switch (min(MAX_ROWS, count - first)) {
+    case 1:
+      block.template run<1>(w, first);
+      break;
+    case 2:
+      block.template run < MAX_ROWS<2 ? MAX_ROWS : 2>(w, first);
+      break;
+    case 3:
+      block.template run < MAX_ROWS<3 ? MAX_ROWS : 3>(w, first);
+      break;
+    default:
+      block.template run<MAX_ROWS>(w, first);
+    }
 }

@@ -72,7 +72,7 @@ struct SimdgroupTile {
           for (uint m = 0; m < MATRICES; ++m)
             simdgroup_store(blocks[b].fragment[index(i, m, j)], memory + m * 64, 8);
           simdgroup_barrier(mem_flags::mem_threadgroup);
-          for (uint pair = lane; pair < 32; pair += SIMD_WIDTH) {
+          for (uint pair = lane; pair < 64 / 2; pair += SIMD_WIDTH) {
             float sums[MATRICES][2];
             for (uint m = 0; m < MATRICES; ++m) {
               sums[m][0] = memory[m * 64 + 2 * pair];
@@ -105,7 +105,7 @@ private:
           UNROLL
           for (uint i = 0; i < ROW_FRAGMENTS; ++i) {
             const uint f = index(i, m, j);
-            if constexpr (FP16)
+            if (FP16)
               simdgroup_multiply_accumulate(part[f], a[i], b, part[f]);
             else
               simdgroup_multiply_accumulate(sum.fragment[f], a[i], b, sum.fragment[f]);

@@ -62,7 +62,6 @@ protected:
 TEST_P(Simdgroup, Functions) {
   expect_functions<float>("simdgroup_functions_fp32");
   expect_functions<Half>("simdgroup_functions_fp16");
-  expect_functions<Bfloat>("simdgroup_functions_bf16");
   expect_functions<int>("simdgroup_functions_int32");
 }
 

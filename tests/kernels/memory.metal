@@ -6,9 +6,9 @@ using namespace metal;
 kernel void attributes(device uint* out [[buffer(2)]], uint3 in_grid [[thread_position_in_grid]],
                        uint3 group [[threadgroup_position_in_grid]],
                        ushort3 in_group [[thread_position_in_threadgroup]], uint index [[thread_index_in_threadgroup]],
-                       ushort lane [[thread_index_in_simdgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-                       uint3 group_size [[threads_per_threadgroup]], uint2 groups [[threadgroups_per_grid]],
-                       uint width [[threads_per_simdgroup]], uint simdgroups [[simdgroups_per_threadgroup]],
+                       ushort lane [[thread_index_in_simdgroup]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
+                       ushort3 group_size [[threads_per_threadgroup]], uint3 groups [[threadgroups_per_grid]],
+                       ushort width [[threads_per_simdgroup]], ushort simdgroups [[simdgroups_per_threadgroup]],
                        uint3 size [[threads_per_grid]]) {
   device uint* to = out + 24 * (in_grid.x + size.x * (in_grid.y + size.y * in_grid.z));
   uint n = 0;

@@ -76,7 +76,7 @@ constant half HALF_LITERAL = 1.0h;
 kernel void arithmetic(device float* out [[buffer(0)]]) {
   uint n = 0;
   const half h = 0.1f;
-  const bfloat b = 0.1f;
+  const bfloat b = bfloat(0.1f);
   out[n++] = h;
   out[n++] = b;
   const half square = h * h;
@@ -85,8 +85,8 @@ kernel void arithmetic(device float* out [[buffer(0)]]) {
   out[n++] = b * 0.1f; // a float
   out[n++] = 2 * b - b / 4;
   out[n++] = -b;
-  bfloat sum = 0.0f;
-  sum += 1.0f;
+  bfloat sum = bfloat(0.0f);
+  sum += 1.0bf;
   sum += b;
   sum *= 3;
   out[n++] = sum;

@@ -30,7 +30,6 @@ template <typename T>
       [[host_name("simdgroup_functions_" #name)]] [[kernel]] decltype(simdgroup_functions<T>) simdgroup_functions<T>;
 FUNCTIONS(fp32, float)
 FUNCTIONS(fp16, half)
-FUNCTIONS(bf16, bfloat)
 FUNCTIONS(int32, int)
 
 /// Votes, on lanes that have at least one set bit of `in`. Threads beyond the first `live` leave before.

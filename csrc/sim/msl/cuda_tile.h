@@ -212,6 +212,8 @@ struct WarpgroupTile {
   using Layout = SwizzledRows<T>;
   float sum[BLOCKS][64];
 
+  METAL_FUNC static uint first_column(uint) { return 0; } // every warp has all of them
+
   METAL_FUNC void clear() {
 #pragma unroll
     for (uint b = 0; b < BLOCKS; ++b)

@@ -160,17 +160,25 @@ public:
   SharedPtr(std::nullptr_t) noexcept {}
   SharedPtr(const SharedPtr& other) noexcept : object_(retained(other.object_)) {}
   SharedPtr(SharedPtr&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
-  template <class Other, std::enable_if_t<std::is_convertible_v<Other*, Class*>, int> = 0>
-  SharedPtr(const SharedPtr<Other>& other) noexcept : object_(retained(static_cast<Class*>(other.get()))) {}
-  template <class Other, std::enable_if_t<std::is_convertible_v<Other*, Class*>, int> = 0>
-  SharedPtr(SharedPtr<Other>&& other) noexcept : object_(other.get()) {
+  template <class Other>
+  SharedPtr(const SharedPtr<Other>& other, std::enable_if_t<std::is_convertible_v<Other*, Class*>>* = nullptr) noexcept
+      : object_(retained(static_cast<Class*>(other.get()))) {}
+  template <class Other>
+  SharedPtr(SharedPtr<Other>&& other, std::enable_if_t<std::is_convertible_v<Other*, Class*>>* = nullptr) noexcept
+      : object_(other.get()) {
     other.detach();
   }
   ~SharedPtr() { reset(); }
 
-  SharedPtr& operator=(SharedPtr other) noexcept {
-    std::swap(object_, other.object_);
-    return *this;
+  SharedPtr& operator=(const SharedPtr& other) { return take(SharedPtr(other)); }
+  SharedPtr& operator=(SharedPtr&& other) { return take(SharedPtr(std::move(other))); }
+  template <class Other>
+  std::enable_if_t<std::is_convertible_v<Other*, Class*>, SharedPtr&> operator=(const SharedPtr<Other>& other) {
+    return take(SharedPtr(other));
+  }
+  template <class Other>
+  std::enable_if_t<std::is_convertible_v<Other*, Class*>, SharedPtr&> operator=(SharedPtr<Other>&& other) {
+    return take(SharedPtr(std::move(other)));
   }
 
   Class* get() const { return object_; }
@@ -184,6 +192,10 @@ public:
   void detach() { object_ = nullptr; }
 
 private:
+  SharedPtr& take(SharedPtr other) {
+    std::swap(object_, other.object_);
+    return *this;
+  }
   static Class* retained(Class* object) {
     if (object)
       object->retain();
@@ -213,17 +225,18 @@ SharedPtr<Class> TransferPtr(Class* object) {
   return pointer;
 }
 
+} // namespace NS
+
+// Outside of NS, as in metal-cpp: code in a namespace with an operator== of its own must say `using ::operator==`.
 template <class Left, class Right>
-bool operator==(const SharedPtr<Left>& left, const SharedPtr<Right>& right) {
+bool operator==(const NS::SharedPtr<Left>& left, const NS::SharedPtr<Right>& right) {
   return left.get() == right.get();
 }
 
 template <class Left, class Right>
-bool operator!=(const SharedPtr<Left>& left, const SharedPtr<Right>& right) {
+bool operator!=(const NS::SharedPtr<Left>& left, const NS::SharedPtr<Right>& right) {
   return left.get() != right.get();
 }
-
-} // namespace NS
 
 namespace metal_sim {
 /// The one immortal string of a literal's text.

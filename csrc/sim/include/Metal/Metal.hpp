@@ -1,8 +1,8 @@
 // The part of metal-cpp's Metal that the core uses, for machines without Metal.
 //
-// Names, signatures and ownership are metal-cpp's (see Foundation.hpp). Differences, all of them where Apple's headers
-// need blocks: a deallocator is a std::function, and completion handlers have the std::function form only (pass an
-// MTL::HandlerFunction: with a bare lambda Apple's overloads are ambiguous).
+// Names, signatures and ownership are metal-cpp's (see Foundation.hpp; tests/test_metal_cpp.py compares them).
+// Differences, all of them where Apple's headers need blocks: a deallocator is a std::function, and completion handlers
+// have the std::function form only (pass an MTL::HandlerFunction: with a bare lambda Apple's overloads are ambiguous).
 //
 // What Metal's API validation would abort on throws std::logic_error from the offending call.
 #pragma once

@@ -1,16 +1,35 @@
 // The part of metal_stdlib that kernels use, as declarations for clang, in which an address space is part of a type as
-// it is in Metal: a pointer into the wrong one is an error. `thread` is the default. Only types matter, nothing here is
-// ever run. A function that a kernel is the first to use is added here.
+// it is in Metal: a pointer into the wrong one is an error. Only types matter, nothing here is ever run. A function
+// that a kernel is the first to use is added here, as Metal's specification declares it.
+//
+// Read in two languages (clang.py says why): C++14 with address-space attributes, in which a pointer without an address
+// space is one to `thread` memory, and C++ for OpenCL, in which it is generic and can be told from `thread`.
 #pragma once
+#pragma clang system_header
 
+#ifdef __OPENCL_CPP_VERSION__
+#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+#define device __global
+#define constant __constant
+#define threadgroup __local
+#define thread __private
+// Words of OpenCL that are plain names, or something else, in Metal.
+#define global metal_global
+#define local metal_local
+#define generic metal_generic
+#define pipe metal_pipe
+#define atomic_int metal_atomic_int
+#define atomic_uint metal_atomic_uint
+#define atomic_float metal_atomic_float
+#else
 #define device __attribute__((address_space(1)))
 #define constant __attribute__((address_space(2))) const
 #define threadgroup __attribute__((address_space(3)))
 #define thread
-#define kernel
+typedef _Float16 half;
+#endif
 #define METAL_FUNC inline
 
-typedef _Float16 half;
 typedef __bf16 bfloat;
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -40,22 +59,40 @@ typedef ulong uint64_t;
 namespace metal {
 template <typename T, int N>
 using vec = T __attribute__((ext_vector_type(N)));
+template <typename T>
+struct typing_elements {
+  static constexpr constant int count = 1;
+};
+template <typename T, int N>
+struct typing_elements<vec<T, N>> {
+  static constexpr constant int count = N;
+};
+constexpr int typing_sum() { return 0; }
+template <typename... C>
+constexpr int typing_sum(int first, C... rest) {
+  return first + typing_sum(rest...);
+}
 template <typename T, int N>
 struct typing_vector {
   static vec<T, N> of();
   static vec<T, N> of(T);
   template <typename U>
   static vec<T, N> of(vec<U, N>);
-  template <typename... E>
-  static vec<T, N> of(T, T, E... rest) {
-    static_assert(2 + sizeof...(E) == N, "one value per element");
+  /// Scalars and shorter vectors, one after another.
+  template <typename A, typename B, typename... E>
+  static vec<T, N> of(A, B, E...) {
+    static_assert(typing_sum(typing_elements<A>::count, typing_elements<B>::count, typing_elements<E>::count...) == N,
+                  "one value per element");
     return {};
   }
 };
 #define TYPING_VECTOR_NAMES(T)                                                                                         \
   using T##2 = vec<T, 2>;                                                                                              \
   using T##3 = vec<T, 3>;                                                                                              \
-  using T##4 = vec<T, 4>;
+  using T##4 = vec<T, 4>;                                                                                              \
+  using packed_##T##2 = vec<T, 2>;                                                                                     \
+  using packed_##T##3 = vec<T, 3>;                                                                                     \
+  using packed_##T##4 = vec<T, 4>;
 TYPING_VECTOR_NAMES(char)
 TYPING_VECTOR_NAMES(uchar)
 TYPING_VECTOR_NAMES(short)
@@ -68,6 +105,10 @@ TYPING_VECTOR_NAMES(half)
 TYPING_VECTOR_NAMES(float)
 TYPING_VECTOR_NAMES(bfloat)
 #undef TYPING_VECTOR_NAMES
+// What clang compares vectors of 32-bit elements to.
+using bool2 = vec<int, 2>;
+using bool3 = vec<int, 3>;
+using bool4 = vec<int, 4>;
 
 template <bool B, typename T = void>
 struct enable_if {};
@@ -98,19 +139,56 @@ struct is_same<T, T> {
 template <typename T, typename U>
 constexpr constant bool is_same_v = is_same<T, U>::value;
 
-// Both operands of one type, as in Metal, where other mixtures are ambiguous.
 template <typename T>
-T min(T, T);
+struct numeric_limits {
+  static constexpr T max();
+  static constexpr T min();
+  static constexpr T lowest();
+  static constexpr T infinity();
+  static constexpr T quiet_NaN();
+};
+
+// Metal's library knows no bfloat: it works on the float that a bfloat turns into.
 template <typename T>
-T max(T, T);
+using typing_result = conditional_t<is_same<T, bfloat>::value, float, T>;
+
+// Operands of one type, as in Metal, where other mixtures are ambiguous; a scalar becomes a vector.
 template <typename T>
-T clamp(T, T, T);
+typing_result<T> min(T, T);
 template <typename T>
-T abs(T);
+typing_result<T> max(T, T);
 template <typename T>
-T select(T, T, bool);
+typing_result<T> clamp(T, T, T);
+template <typename T>
+typing_result<T> abs(T);
+template <typename T>
+typing_result<T> select(T, T, bool);
+template <typename T, int N>
+vec<T, N> min(vec<T, N>, T);
+template <typename T, int N>
+vec<T, N> max(vec<T, N>, T);
+template <typename T, int N>
+vec<T, N> clamp(vec<T, N>, T, T);
+template <typename T, int N>
+vec<T, N> select(vec<T, N>, vec<T, N>, vec<int, N>);
+template <int N>
+bool any(vec<int, N>);
+template <int N>
+bool all(vec<int, N>);
 template <typename T>
 T popcount(T);
+template <typename T>
+T rotate(T, T);
+template <typename T>
+T extract_bits(T, uint offset, uint bits);
+template <typename T>
+T insert_bits(T, T, uint offset, uint bits);
+template <typename T>
+T addsat(T, T);
+template <typename T>
+T subsat(T, T);
+template <typename T>
+T mad(T, T, T);
 template <typename T>
 T clz(T);
 template <typename T>
@@ -128,6 +206,8 @@ T mulhi(T, T);
   T sqrt(T);                                                                                                           \
   T rsqrt(T);                                                                                                          \
   T tanh(T);                                                                                                           \
+  T sin(T);                                                                                                            \
+  T cos(T);                                                                                                            \
   T fabs(T);                                                                                                           \
   T floor(T);                                                                                                          \
   T ceil(T);                                                                                                           \
@@ -150,6 +230,9 @@ float dot(float2, float2);
 float dot(float3, float3);
 float dot(float4, float4);
 half dot(half4, half4);
+float length(float2);
+float length(float3);
+float length(float4);
 namespace precise {
 TYPING_MATH_OF(float)
 }
@@ -177,36 +260,35 @@ simd_vote simd_active_threads_mask();
 bool simd_all(bool);
 bool simd_any(bool);
 bool simd_is_first();
+// Not of bfloat, which Metal's simdgroup functions do not take.
+#define TYPING_SIMD(NAME, ...)                                                                                         \
+  template <typename T>                                                                                                \
+  T NAME(T __VA_ARGS__);                                                                                               \
+  bfloat NAME(bfloat __VA_ARGS__) = delete;
+TYPING_SIMD(simd_sum)
+TYPING_SIMD(simd_product)
+TYPING_SIMD(simd_min)
+TYPING_SIMD(simd_max)
+TYPING_SIMD(simd_and)
+TYPING_SIMD(simd_or)
+TYPING_SIMD(simd_xor)
+TYPING_SIMD(simd_prefix_inclusive_sum)
+TYPING_SIMD(simd_prefix_exclusive_sum)
+TYPING_SIMD(simd_broadcast, , ushort)
+TYPING_SIMD(simd_broadcast_first)
+TYPING_SIMD(simd_shuffle, , ushort)
+TYPING_SIMD(simd_shuffle_xor, , ushort)
+TYPING_SIMD(simd_shuffle_up, , ushort)
+TYPING_SIMD(simd_shuffle_down, , ushort)
+TYPING_SIMD(simd_shuffle_rotate_up, , ushort)
+TYPING_SIMD(simd_shuffle_rotate_down, , ushort)
+#undef TYPING_SIMD
 template <typename T>
-T simd_sum(T);
+T simd_shuffle_and_fill_up(T, T, ushort);
+bfloat simd_shuffle_and_fill_up(bfloat, bfloat, ushort) = delete;
 template <typename T>
-T simd_product(T);
-template <typename T>
-T simd_min(T);
-template <typename T>
-T simd_max(T);
-template <typename T>
-T simd_and(T);
-template <typename T>
-T simd_or(T);
-template <typename T>
-T simd_xor(T);
-template <typename T>
-T simd_prefix_inclusive_sum(T);
-template <typename T>
-T simd_prefix_exclusive_sum(T);
-template <typename T>
-T simd_broadcast(T, ushort);
-template <typename T>
-T simd_broadcast_first(T);
-template <typename T>
-T simd_shuffle(T, ushort);
-template <typename T>
-T simd_shuffle_xor(T, ushort);
-template <typename T>
-T simd_shuffle_up(T, ushort);
-template <typename T>
-T simd_shuffle_down(T, ushort);
+T simd_shuffle_and_fill_down(T, T, ushort);
+bfloat simd_shuffle_and_fill_down(bfloat, bfloat, ushort) = delete;
 
 enum memory_order { memory_order_relaxed };
 template <typename T>
@@ -229,18 +311,35 @@ using atomic_int = atomic<int>;
   template <typename T>                                                                                                \
   T atomic_fetch_min_explicit(volatile SPACE atomic<T>*, T, memory_order);                                             \
   template <typename T>                                                                                                \
-  T atomic_fetch_max_explicit(volatile SPACE atomic<T>*, T, memory_order);
+  T atomic_fetch_max_explicit(volatile SPACE atomic<T>*, T, memory_order);                                             \
+  template <typename T>                                                                                                \
+  T atomic_fetch_and_explicit(volatile SPACE atomic<T>*, T, memory_order);                                             \
+  template <typename T>                                                                                                \
+  T atomic_fetch_or_explicit(volatile SPACE atomic<T>*, T, memory_order);                                              \
+  template <typename T>                                                                                                \
+  T atomic_fetch_xor_explicit(volatile SPACE atomic<T>*, T, memory_order);                                             \
+  template <typename T>                                                                                                \
+  bool atomic_compare_exchange_weak_explicit(volatile SPACE atomic<T>*, thread T*, T, memory_order, memory_order);
 TYPING_ATOMICS(device)
 TYPING_ATOMICS(threadgroup)
 #undef TYPING_ATOMICS
+
+// Bound to kernels; no kernel uses them yet.
+template <typename T>
+struct texture2d {};
+struct sampler {};
+template <typename T, size_t N>
+struct array {
+  T elements[N];
+};
 
 /// Columns, rows. A lane of a simdgroup of 32 holds two elements of 8 x 8.
 template <typename T, int C, int R>
 struct simdgroup_matrix {
   simdgroup_matrix() = default;
   explicit simdgroup_matrix(T diagonal);
-  vec<T, 2>& thread_elements();
-  const vec<T, 2>& thread_elements() const;
+  thread vec<T, 2>& thread_elements() thread;
+  thread const vec<T, 2>& thread_elements() thread const;
 
 private:
   vec<T, 2> elements;
@@ -277,6 +376,12 @@ T as_type(U) {
 }
 
 // From here on: constructors of vectors.
+#define bool2(...) (metal::typing_vector<int, 2>::of(__VA_ARGS__))
+#define bool3(...) (metal::typing_vector<int, 3>::of(__VA_ARGS__))
+#define bool4(...) (metal::typing_vector<int, 4>::of(__VA_ARGS__))
+#define packed_float2(...) (metal::typing_vector<float, 2>::of(__VA_ARGS__))
+#define packed_float3(...) (metal::typing_vector<float, 3>::of(__VA_ARGS__))
+#define packed_float4(...) (metal::typing_vector<float, 4>::of(__VA_ARGS__))
 #define char2(...) (metal::typing_vector<char, 2>::of(__VA_ARGS__))
 #define char3(...) (metal::typing_vector<char, 3>::of(__VA_ARGS__))
 #define char4(...) (metal::typing_vector<char, 4>::of(__VA_ARGS__))

@@ -1,0 +1,12 @@
+// Kernels of a library have different names.
+#include <metal_stdlib>
+using namespace metal;
+
+template <typename T>
+[[kernel]] void fill(device T* out [[buffer(0)]]) {
+  out[0] = T(0);
+}
+template [[host_name("fill")]] [[kernel]] decltype(fill<float>) fill<float>;
+template [[host_name("fill")]] [[kernel]] decltype(fill<half>) fill<half>; // error: a kernel is named 'fill'
+kernel void other(device float* out [[buffer(0)]]) { out[0] = 1.0f; }
+[[host_name("other")]] kernel void renamed(device float* out [[buffer(0)]]) { out[0] = 2.0f; } // error: named 'other'

@@ -1,0 +1,12 @@
+// No run-time types.
+#include <metal_stdlib>
+using namespace metal;
+
+struct Shape {
+  float side;
+};
+kernel void types(device uint* out [[buffer(0)]], device Shape* shapes [[buffer(1)]]) {
+  device Shape* shape = dynamic_cast<device Shape*>(shapes); // error: dynamic_cast
+  out[0] = shape != nullptr;
+  out[1] = noexcept(shapes[0]); // error: noexcept
+}

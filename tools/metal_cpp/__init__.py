@@ -1,0 +1,1 @@
+"""Apple's metal-cpp: where to get it, and what its headers declare."""
