@@ -23,8 +23,6 @@ constexpr constant uint LANE_SIMDGROUPS = simdgroups(GROUP_SIMDGROUPS, SIMD_WIDT
 constexpr constant uint THREADS = LANE_SIMDGROUPS * SIMD_WIDTH;
 constexpr constant uint PAD_THREADS = simdgroups(PAD_SIMDGROUPS, SIMD_WIDTH) * SIMD_WIDTH;
 
-inline uint divide_up(uint a, uint b) { return (a + b - 1) / b; }
-
 /// The (token, slot) pairs of every SIMD_WIDTH-th routed assignment, without a division per step.
 struct RoutedSlots {
   uint token;
