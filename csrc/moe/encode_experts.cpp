@@ -100,9 +100,9 @@ void Encoding::down_weights(uint32_t first_index) {
   args.vectorized = vectorized.down;
 }
 
-/// Threadgroups for `columns` output columns in a GEMV family: of gate_up, and of prefill4's down.
-uint32_t gemv_blocks(const Pipeline& pipeline, uint32_t columns) {
-  return ceil_div(columns, gemv_threadgroup_columns(GEMV_SIMDGROUPS * GEMV_COLUMNS, pipeline.simd_width));
+/// Threadgroups for `columns` output columns in a GEMV family whose simdgroups take `per_simdgroup` each.
+uint32_t gemv_blocks(const Pipeline& pipeline, uint32_t columns, uint32_t per_simdgroup) {
+  return ceil_div(columns, gemv_threadgroup_columns(GEMV_SIMDGROUPS * per_simdgroup, pipeline.simd_width));
 }
 
 void Encoding::decode() {
@@ -116,7 +116,7 @@ void Encoding::decode() {
   stream.bind(4, ids.view);
   stream.bind(5, h);
   stream.bind_value(6, args);
-  stream.dispatch(MTL::Size(gemv_blocks(gate_up, widest_intermediate()), plan.slots, shape.tokens),
+  stream.dispatch(MTL::Size(gemv_blocks(gate_up, widest_intermediate(), GATE_UP_COLUMNS), plan.slots, shape.tokens),
                   simdgroups(GEMV_SIMDGROUPS, gate_up.simd_width) * gate_up.simd_width,
                   plan.gate_up_weight_bytes + activation_bytes());
 
@@ -160,7 +160,9 @@ void Encoding::grouped() {
   stream.bind_value(7, args);
   if (plan.gate_up_memory)
     stream.threadgroup_memory(0, plan.gate_up_memory);
-  stream.dispatch(MTL::Size(plan.tiles, gemv ? gemv_blocks(gate_up, widest_intermediate()) : plan.gate_up_blocks, 1),
+  stream.dispatch(MTL::Size(plan.tiles,
+                            gemv ? gemv_blocks(gate_up, widest_intermediate(), GATE_UP_COLUMNS) : plan.gate_up_blocks,
+                            1),
                   threads, plan.gate_up_weight_bytes + activation_bytes());
 
   const BufferView y = stream.scratch(plan.y_bytes);
@@ -173,8 +175,9 @@ void Encoding::grouped() {
   stream.bind_value(6, args);
   if (plan.down_memory)
     stream.threadgroup_memory(0, plan.down_memory);
-  stream.dispatch(MTL::Size(plan.tiles, gemv ? gemv_blocks(gate_up, shape.hidden) : plan.down_blocks, 1), threads,
-                  plan.down_weight_bytes + plan.h_bytes + plan.y_bytes);
+  stream.dispatch(
+      MTL::Size(plan.tiles, gemv ? gemv_blocks(gate_up, shape.hidden, DOWN_PREFILL4_COLUMNS) : plan.down_blocks, 1),
+      threads, plan.down_weight_bytes + plan.h_bytes + plan.y_bytes);
 
   CombineArgs combine{};
   combine.tokens = shape.tokens;
@@ -189,6 +192,7 @@ void Encoding::grouped() {
   combine.shared_slot_stride = shared_weights.slot_stride;
   combine.shared_type = shared_weights.type;
   combine.out_row_stride = shape.hidden;
+  combine.vectorized = shape.hidden % COMBINE_COLUMNS == 0 && out.address % VECTOR_BYTES == 0;
   const Pipeline& pipeline = engine.pipeline(plan.combine);
   const uint32_t combine_threads = simdgroups(COMBINE_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width;
   stream.use(pipeline);

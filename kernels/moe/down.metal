@@ -8,7 +8,7 @@
 //              the other, is what its simdgroups divide evenly, whatever the number of slots and their K: each adds
 //              weight * (dot + bias) of its share in slot order, and the shares are added in order, all in fp32. No
 //              second pass, no atomics, the same bits in every run.
-// prefill4     A threadgroup computes GEMV_THREADGROUP_COLUMNS columns of one row tile, see gemv.h.
+// prefill4     A threadgroup computes DOWN_PREFILL4_THREADGROUP_COLUMNS columns of one row tile, see gemv.h.
 // base, large_batch, simd
 //              8x8 simdgroup matrices, see gemm.h. `combine` then adds the rows of each token.
 #include "combine.h"
@@ -16,7 +16,9 @@
 #include "gemv.h"
 
 constexpr constant uint DOWN_LANE_SIMDGROUPS = simdgroups(DOWN_DECODE_SIMDGROUPS, SIMD_WIDTH);
-constexpr constant uint DOWN_THREADGROUP_COLUMNS = gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, SIMD_WIDTH);
+constexpr constant uint DOWN_DECODE_THREADGROUP_COLUMNS = gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, SIMD_WIDTH);
+constexpr constant uint DOWN_PREFILL4_THREADGROUP_COLUMNS =
+    gemv_threadgroup_columns(GEMV_SIMDGROUPS * DOWN_PREFILL4_COLUMNS, SIMD_WIDTH);
 
 /// w2 of one expert, routed or shared.
 template <typename T>
@@ -100,7 +102,7 @@ inline void down_decode_columns(device const T* h, device const T* w2, device co
   const uint first = min(simdgroup * share, pieces);
   const uint last = min(first + share, pieces);
   device T* to = out + ulong(token) * args.out_row_stride;
-  const uint end = min(first_column + DOWN_THREADGROUP_COLUMNS, args.hidden);
+  const uint end = min(first_column + DOWN_DECODE_THREADGROUP_COLUMNS, args.hidden);
   for (uint column = first_column; column < end; column += N) { // once, on a GPU
     float total[N][1] = {};
     down_decode_pieces<VECTORIZED, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, args, token, column,
@@ -132,7 +134,7 @@ down_decode(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], d
             device T* out [[buffer(7)]], constant ExpertsArgs& args [[buffer(8)]],
             threadgroup float* sums [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const uint first_column = group.x * DOWN_THREADGROUP_COLUMNS;
+  const uint first_column = group.x * DOWN_DECODE_THREADGROUP_COLUMNS;
   if (args.vectorized)
     down_decode_columns<true, T, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, out, args, sums,
                                       first_column, group.y, simdgroup, lane);
@@ -144,7 +146,7 @@ down_decode(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], d
 /// Columns column .. column + R - 1 of y, in prefill4.
 template <bool VECTORIZED, typename T, typename Acc>
 struct DownBlock {
-  static constexpr constant uint R = gemv_columns<GEMV_ROWS, 1>();
+  static constexpr constant uint R = gemv_columns<GEMV_ROWS, 1>(DOWN_PREFILL4_COLUMNS);
   SortedRows<T> rows;
   device float* y;      // of row 0
   device const T* bias; // of the expert, or null
@@ -173,7 +175,7 @@ inline void down_prefill4_columns(device const T* h, device const T* w, device c
                                   uint lane) {
   using Block = DownBlock<VECTORIZED, T, Acc>;
   const SortedRows<T> rows{h, args.h_row_stride};
-  const uint end = min(first_column + GEMV_THREADGROUP_COLUMNS, args.hidden);
+  const uint end = min(first_column + DOWN_PREFILL4_THREADGROUP_COLUMNS, args.hidden);
   for (uint column = first_column + simdgroup * Block::R; column < end; column += GEMV_LANE_SIMDGROUPS * Block::R) {
     const Block block{rows, y, bias, K, args.out_row_stride, column, end, lane};
     for_row_runs<GEMV_ROWS>(block, down_rows<Block::R>(w, column, args.hidden, K), count);
@@ -197,11 +199,11 @@ down_prefill4(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]],
   device const T* from = h + ulong(tile.first_row) * args.h_row_stride;
   device float* to = y + ulong(tile.first_row) * args.out_row_stride;
   if (args.vectorized)
-    down_prefill4_columns<true, T, Acc>(from, w, b, to, K, tile.rows, group.y * GEMV_THREADGROUP_COLUMNS, args,
+    down_prefill4_columns<true, T, Acc>(from, w, b, to, K, tile.rows, group.y * DOWN_PREFILL4_THREADGROUP_COLUMNS, args,
                                         simdgroup, lane);
   else
-    down_prefill4_columns<false, T, Acc>(from, w, b, to, K, tile.rows, group.y * GEMV_THREADGROUP_COLUMNS, args,
-                                         simdgroup, lane);
+    down_prefill4_columns<false, T, Acc>(from, w, b, to, K, tile.rows, group.y * DOWN_PREFILL4_THREADGROUP_COLUMNS,
+                                         args, simdgroup, lane);
 }
 
 template <typename T, typename Acc, uint ROW_TILE, uint TILE_N, uint K_BYTES, bool STAGE_WEIGHTS>

@@ -16,11 +16,15 @@ enum Activation : uint {
 SHARED_CONSTANT uint GEMV_TILE_N = 64;
 /// Simdgroups of a threadgroup on a GPU, each with columns of its own: gate_up, and prefill4's down.
 SHARED_CONSTANT uint GEMV_SIMDGROUPS = 4;
-/// Columns of such a simdgroup.
-SHARED_CONSTANT uint GEMV_COLUMNS = 4;
-/// decode's down on a GPU: columns of a threadgroup, and the simdgroups that share K of all slots of a token.
-SHARED_CONSTANT uint DOWN_DECODE_COLUMNS = 8;
-SHARED_CONSTANT uint DOWN_DECODE_SIMDGROUPS = 8;
+/// Columns of such a simdgroup. gate_up reads two weight rows for each. Fewer leave too few loads under way, more need
+/// registers for the sums of four rows (H200, 16 tokens of Qwen3: gate_up 130 us with 2 and 137 with 4 columns, down
+/// 80, 72 and 67 with 2, 4 and 8).
+SHARED_CONSTANT uint GATE_UP_COLUMNS = 2;
+SHARED_CONSTANT uint DOWN_PREFILL4_COLUMNS = 8;
+/// decode's down on a GPU: columns of a threadgroup, and the simdgroups that share K of all slots of a token (H200, one
+/// token of Qwen3: 9.3 us; 8 columns and 8 simdgroups 10.8, 4 and 16 15.1).
+SHARED_CONSTANT uint DOWN_DECODE_COLUMNS = 4;
+SHARED_CONSTANT uint DOWN_DECODE_SIMDGROUPS = 4;
 /// Output columns of a threadgroup, where `wanted` is the number on a GPU.
 constexpr uint gemv_threadgroup_columns(uint wanted, uint simd_width) { return simd_width == 1 ? GEMV_TILE_N : wanted; }
 /// Rows of a prefill4 tile. On a GPU one register block: more tiles, more threadgroups. With one-thread simdgroups a

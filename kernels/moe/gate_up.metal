@@ -3,9 +3,9 @@
 //   x  [T, H]        hidden states, row stride free        w1 [E, 2I, H]  gate and up rows (E, I, H without a gate)
 //   h  [S, I']       intermediate, in x's dtype            I' = h_row_stride; S = T * (top_k + shared)
 //
-// decode       h rows are assignments (token, slot). A threadgroup computes GEMV_THREADGROUP_COLUMNS columns of one
-//              assignment, a simdgroup GEMV_COLUMNS of them, its lanes splitting K. Every assignment reads its expert:
-//              S * 2IH weights.
+// decode       h rows are assignments (token, slot). A threadgroup computes GATE_UP_THREADGROUP_COLUMNS columns of one
+//              assignment, a simdgroup GATE_UP_COLUMNS of them, its lanes splitting K. Every assignment reads its
+//              expert: S * 2IH weights.
 // prefill4     h rows are in expert order. A threadgroup computes as many columns of one row tile, see gemv.h: up to
 //              4 rows share each weight in registers, all rows of the tile each weight read from memory.
 // base, large_batch, simd
@@ -13,6 +13,9 @@
 // Grouped families read each selected expert once per row tile: once, where no expert has more rows than a tile.
 #include "gemm.h"
 #include "gemv.h"
+
+constexpr constant uint GATE_UP_THREADGROUP_COLUMNS =
+    gemv_threadgroup_columns(GEMV_SIMDGROUPS * GATE_UP_COLUMNS, SIMD_WIDTH);
 
 /// w1 of one expert, routed or shared.
 template <uint MATRICES, typename T>
@@ -29,7 +32,7 @@ inline uint up_row(uint n, uint intermediate, bool interleaved) { return interle
 /// Columns column .. column + N - 1 of h, in the GEMV families.
 template <bool VECTORIZED, uint MAX_ROWS, typename T, typename Acc, bool GATED, typename Source>
 struct GateUpBlock {
-  static constexpr constant uint N = gemv_columns<MAX_ROWS, GATED ? 2 : 1>();
+  static constexpr constant uint N = gemv_columns<MAX_ROWS, GATED ? 2 : 1>(GATE_UP_COLUMNS);
   static constexpr constant uint R = GATED ? 2 * N : N; // weight rows
   Source rows;
   device T* h;          // of row 0
@@ -84,7 +87,7 @@ inline void gate_up_gemv(thread const Source& rows, uint count, device const T* 
   device const T* w = expert_w1<MATRICES>(w1, shared_w1, expert, args);
   device const T* b =
       args.has_bias && expert < args.experts ? bias + ulong(expert) * MATRICES * args.intermediate : nullptr;
-  const uint end = min(first_column + GEMV_THREADGROUP_COLUMNS, intermediate);
+  const uint end = min(first_column + GATE_UP_THREADGROUP_COLUMNS, intermediate);
   using Block = GateUpBlock<VECTORIZED, MAX_ROWS, T, Acc, GATED, Source>;
   for (uint column = first_column + simdgroup * Block::N; column < end; column += GEMV_LANE_SIMDGROUPS * Block::N) {
     const Block block{rows, h, b, intermediate, column, end, lane, args};
@@ -110,11 +113,11 @@ gate_up_decode(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]]
   const SortedRows<T> rows{x + ulong(token) * args.x_row_stride, 0};
   device T* to = h + (ulong(token) * slots + slot) * args.h_row_stride;
   if (args.vectorized)
-    gate_up_gemv<true, 1, T, Acc, GATED>(rows, 1, w1, shared_w1, bias, expert, to, group.x * GEMV_THREADGROUP_COLUMNS,
-                                         args, simdgroup, lane);
+    gate_up_gemv<true, 1, T, Acc, GATED>(rows, 1, w1, shared_w1, bias, expert, to,
+                                         group.x * GATE_UP_THREADGROUP_COLUMNS, args, simdgroup, lane);
   else
-    gate_up_gemv<false, 1, T, Acc, GATED>(rows, 1, w1, shared_w1, bias, expert, to, group.x * GEMV_THREADGROUP_COLUMNS,
-                                          args, simdgroup, lane);
+    gate_up_gemv<false, 1, T, Acc, GATED>(rows, 1, w1, shared_w1, bias, expert, to,
+                                          group.x * GATE_UP_THREADGROUP_COLUMNS, args, simdgroup, lane);
 }
 
 template <typename T, typename Acc, bool GATED>
@@ -132,10 +135,10 @@ gate_up_prefill4(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)
   device T* to = h + ulong(tile.first_row) * args.h_row_stride;
   if (args.vectorized)
     gate_up_gemv<true, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to,
-                                                 group.y * GEMV_THREADGROUP_COLUMNS, args, simdgroup, lane);
+                                                 group.y * GATE_UP_THREADGROUP_COLUMNS, args, simdgroup, lane);
   else
     gate_up_gemv<false, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to,
-                                                  group.y * GEMV_THREADGROUP_COLUMNS, args, simdgroup, lane);
+                                                  group.y * GATE_UP_THREADGROUP_COLUMNS, args, simdgroup, lane);
 }
 
 template <typename T, typename Acc, bool GATED, uint ROW_TILE, uint TILE_N, uint K_BYTES, bool STAGE_WEIGHTS>

@@ -12,8 +12,6 @@
 #include "row_source.h"
 
 constexpr constant uint GEMV_LANE_SIMDGROUPS = simdgroups(GEMV_SIMDGROUPS, SIMD_WIDTH);
-constexpr constant uint GEMV_THREADGROUP_COLUMNS = gemv_threadgroup_columns(GEMV_SIMDGROUPS * GEMV_COLUMNS, SIMD_WIDTH);
-
 /// Rows that share a weight in registers.
 constexpr constant uint GEMV_ROWS = 4;
 /// Weight rows of a one-thread simdgroup's block: with GEMV_ROWS rows 16 vectors of sums. A single row affords the
@@ -22,11 +20,12 @@ template <uint MAX_ROWS>
 constexpr uint one_lane_weight_rows() {
   return MAX_ROWS == 1 ? 8 : 4;
 }
-/// Columns of a block of which each takes MATRICES weight rows.
+/// Columns of a block of which each takes MATRICES weight rows; `wanted` on a GPU.
 template <uint MAX_ROWS, uint MATRICES>
-constexpr uint gemv_columns() {
-  return SIMD_WIDTH == 1 ? one_lane_weight_rows<MAX_ROWS>() / MATRICES : GEMV_COLUMNS;
+constexpr uint gemv_columns(uint wanted) {
+  return SIMD_WIDTH == 1 ? one_lane_weight_rows<MAX_ROWS>() / MATRICES : wanted;
 }
+
 /// sum[r][c] = this lane's part of w.row[r] . (row first + c of `rows`).
 template <bool VECTORIZED, typename Acc, uint R, uint C, typename T, typename Source>
 inline void dot_block(thread const Rows<T, R>& w, thread const Source& rows, uint first, uint K, uint lane,
