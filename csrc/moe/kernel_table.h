@@ -24,7 +24,7 @@ enum class Stage : uint8_t { GateUp, Up, Down, Route, Group, PadGroups, Combine,
 struct Variant {
   Family family;
   uint32_t row_tile; // rows of one expert per threadgroup
-  uint32_t tile_n;   // output columns per threadgroup
+  uint32_t tile_n;   // output columns per threadgroup; in GEMV families on a GPU several threadgroups share them
   uint32_t k_bytes;  // of K staged in threadgroup memory at a time; 0: none is used
   bool stages_weights;
   const char* row_suffix; // in kernel names, where a family has several row tiles

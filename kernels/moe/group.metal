@@ -19,8 +19,7 @@
 #include "../tiles/scalar.h"
 #include "group.h"
 
-constexpr constant uint LANE_SIMDGROUPS = simdgroups(GROUP_SIMDGROUPS, SIMD_WIDTH);
-constexpr constant uint THREADS = LANE_SIMDGROUPS * SIMD_WIDTH;
+constexpr constant uint MAX_THREADS = simdgroups(GROUP_MAX_SIMDGROUPS, SIMD_WIDTH) * SIMD_WIDTH;
 constexpr constant uint PAD_THREADS = simdgroups(PAD_SIMDGROUPS, SIMD_WIDTH) * SIMD_WIDTH;
 
 /// The (token, slot) pairs of every SIMD_WIDTH-th routed assignment, without a division per step.
@@ -68,12 +67,13 @@ inline ulong lanes_of_expert(uint expert, uint experts) {
   return present ? lanes : 0;
 }
 
-[[kernel, max_total_threads_per_threadgroup(THREADS)]]
+[[kernel, max_total_threads_per_threadgroup(MAX_THREADS)]]
 void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)]],
            device uint* sorted_rows [[buffer(2)]], device uint* inverse [[buffer(3)]],
            device RowTile* tiles [[buffer(4)]], constant GroupArgs& args [[buffer(5)]],
            threadgroup uint* memory [[threadgroup(0)]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-           uint lane [[thread_index_in_simdgroup]]) {
+           uint lane [[thread_index_in_simdgroup]], uint simdgroup_count [[simdgroups_per_threadgroup]]) {
+  const uint threads = simdgroup_count * SIMD_WIDTH;
   const uint thread_index = simdgroup * SIMD_WIDTH + lane;
   const uint experts = args.experts;
   const uint top_k = max(args.top_k, 1u); // a divisor; without routed slots `routed` is 0
@@ -85,10 +85,10 @@ void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)
   threadgroup uint* first_place = memory;
   threadgroup uint* first_tile = memory + experts + 1;
   threadgroup uint* scanned_rows = first_tile + experts + 1;
-  threadgroup uint* scanned_tiles = scanned_rows + LANE_SIMDGROUPS;
-  threadgroup uint* counters = scanned_tiles + LANE_SIMDGROUPS;
-  const uint room = (GROUP_COUNTERS - 2 * (experts + 1 + LANE_SIMDGROUPS)) / max(experts, 1u);
-  const uint parts = max(1u, min(min(LANE_SIMDGROUPS, room), divide_up(routed, SIMD_WIDTH)));
+  threadgroup uint* scanned_tiles = scanned_rows + simdgroup_count;
+  threadgroup uint* counters = scanned_tiles + simdgroup_count;
+  const uint room = (GROUP_COUNTERS - 2 * (experts + 1 + simdgroup_count)) / max(experts, 1u);
+  const uint parts = max(1u, min(min(simdgroup_count, room), divide_up(routed, SIMD_WIDTH)));
   threadgroup uint* own = counters + simdgroup * experts;
   const uint run = divide_up(divide_up(routed, SIMD_WIDTH), parts) * SIMD_WIDTH;
   const uint run_first = min(simdgroup * run, routed);
@@ -98,7 +98,7 @@ void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)
   RoutedSlots at;
   at.start(run_first + lane, top_k);
   const uint first_expert = run_first + lane < run_last ? routed_expert(ids, args, at) : NO_EXPERT;
-  for (uint i = thread_index; i < parts * experts; i += THREADS)
+  for (uint i = thread_index; i < parts * experts; i += threads)
     counters[i] = 0;
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -120,9 +120,9 @@ void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // 2. scan, THREADS experts at a time
+  // 2. scan, an expert per thread
   uint place = 0, tile_count = 0; // of the experts before
-  for (uint first = 0; first < experts; first += THREADS) {
+  for (uint first = 0; first < experts; first += threads) {
     const uint expert = first + thread_index;
     uint rows = 0;
     if (expert < experts)
@@ -136,7 +136,7 @@ void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)
       scanned_tiles[simdgroup] = next_tile + expert_tiles - tile_count;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint s = 0; s < min(LANE_SIMDGROUPS, divide_up(experts - first, SIMD_WIDTH)); ++s) {
+    for (uint s = 0; s < min(simdgroup_count, divide_up(experts - first, SIMD_WIDTH)); ++s) {
       const uint before_rows = scanned_rows[s], before_tiles = scanned_tiles[s];
       next += s < simdgroup ? before_rows : 0;
       next_tile += s < simdgroup ? before_tiles : 0;
@@ -161,7 +161,7 @@ void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)
   const uint used_tiles = routed_tiles + args.shared * shared_tiles;
 
   // 3. tiles, from the last thread on: the first simdgroups have the most to place.
-  for (uint t = THREADS - 1 - thread_index; t < args.max_tiles; t += THREADS) {
+  for (uint t = threads - 1 - thread_index; t < args.max_tiles; t += threads) {
     uint expert = 0, first_row = 0, rows = 0;
     if (t < routed_tiles) {
       for (uint last = experts; last - expert > 1;) { // first_tile[expert] <= t < first_tile[last]
@@ -213,17 +213,17 @@ void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)
   }
 
   // Shared experts, and the places that dropped assignments left over.
-  for (uint i = thread_index; i <= args.shared; i += THREADS)
+  for (uint i = thread_index; i <= args.shared; i += threads)
     offsets[experts + i] = routed_rows + i * args.tokens;
   for (uint i = 0; i < args.shared; ++i) {
-    for (uint token = thread_index; token < args.tokens; token += THREADS) {
+    for (uint token = thread_index; token < args.tokens; token += threads) {
       const uint assignment = token * slots + args.top_k + i;
       const uint place = routed_rows + i * args.tokens + token;
       sorted_rows[place] = assignment;
       inverse[assignment] = place;
     }
   }
-  for (uint p = routed_rows + args.shared * args.tokens + thread_index; p < args.tokens * slots; p += THREADS)
+  for (uint p = routed_rows + args.shared * args.tokens + thread_index; p < args.tokens * slots; p += threads)
     sorted_rows[p] = GROUP_NONE;
 }
 
