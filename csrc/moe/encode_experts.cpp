@@ -6,6 +6,8 @@
 #include "moe/combine.h"
 #include "moe/group.h"
 
+#include <algorithm>
+
 namespace metal_moe {
 
 namespace {
@@ -78,6 +80,7 @@ struct Encoding {
   void down_weights(uint32_t first_index);
   /// `view`, or where it is absent any buffer: every argument of a kernel must be bound.
   BufferView or_any(const TensorView& view) const { return view ? view.view() : layer.w1.view(); }
+  uint32_t widest_intermediate() const { return std::max(plan.shape.intermediate, plan.shape.shared_intermediate); }
   size_t activation_bytes() const { return size_t(plan.rows) * plan.shape.hidden * x.item_size + plan.h_bytes; }
 };
 
@@ -97,22 +100,28 @@ void Encoding::down_weights(uint32_t first_index) {
   args.vectorized = vectorized.down;
 }
 
+/// Threadgroups for `columns` output columns in a GEMV family whose simdgroups take `per_simdgroup` each.
+uint32_t gemv_blocks(const Pipeline& pipeline, uint32_t columns, uint32_t per_simdgroup) {
+  return ceil_div(columns, gemv_threadgroup_columns(GEMV_SIMDGROUPS * per_simdgroup, pipeline.simd_width));
+}
+
 void Encoding::decode() {
   const LayerShape& shape = plan.shape;
   const BufferView h = stream.scratch(plan.h_bytes);
 
   const Pipeline& gate_up = engine.pipeline(plan.gate_up);
-  const uint32_t threads = simdgroups(GEMV_SIMDGROUPS, gate_up.simd_width) * gate_up.simd_width;
   stream.use(gate_up);
   stream.bind(0, x.view());
   gate_up_weights();
   stream.bind(4, ids.view);
   stream.bind(5, h);
   stream.bind_value(6, args);
-  stream.dispatch(MTL::Size(plan.gate_up_blocks, plan.slots, shape.tokens), threads,
+  stream.dispatch(MTL::Size(gemv_blocks(gate_up, widest_intermediate(), GATE_UP_COLUMNS), plan.slots, shape.tokens),
+                  simdgroups(GEMV_SIMDGROUPS, gate_up.simd_width) * gate_up.simd_width,
                   plan.gate_up_weight_bytes + activation_bytes());
 
-  stream.use(engine.pipeline(plan.down));
+  const Pipeline& down = engine.pipeline(plan.down);
+  stream.use(down);
   stream.bind(0, h);
   down_weights(1);
   stream.bind(4, ids.view);
@@ -120,7 +129,11 @@ void Encoding::decode() {
   stream.bind(6, shared_weights.view);
   stream.bind(7, out.view());
   stream.bind_value(8, args);
-  stream.dispatch(MTL::Size(plan.down_blocks, shape.tokens, 1), threads, plan.down_weight_bytes + activation_bytes());
+  stream.threadgroup_memory(0, DOWN_DECODE_MEMORY_BYTES);
+  const uint32_t columns = gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, down.simd_width);
+  stream.dispatch(MTL::Size(ceil_div(shape.hidden, columns), shape.tokens, 1),
+                  simdgroups(DOWN_DECODE_SIMDGROUPS, down.simd_width) * down.simd_width,
+                  plan.down_weight_bytes + activation_bytes());
 }
 
 void Encoding::grouped() {
@@ -133,7 +146,8 @@ void Encoding::grouped() {
   tables.max_tiles = plan.tiles;
   encode_group(stream, engine, ids, shape.tokens, shape.top_k, shape.experts, shape.shared, plan.row_tile, tables);
 
-  const uint32_t wanted_simdgroups = plan.family == Family::Prefill4 ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS;
+  const bool gemv = plan.family == Family::Prefill4;
+  const uint32_t wanted_simdgroups = gemv ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS;
   const BufferView h = stream.scratch(plan.h_bytes);
   const Pipeline& gate_up = engine.pipeline(plan.gate_up);
   const uint32_t threads = simdgroups(wanted_simdgroups, gate_up.simd_width) * gate_up.simd_width;
@@ -146,8 +160,10 @@ void Encoding::grouped() {
   stream.bind_value(7, args);
   if (plan.threadgroup_bytes)
     stream.threadgroup_memory(0, plan.threadgroup_bytes);
-  stream.dispatch(MTL::Size(plan.tiles, plan.gate_up_blocks, 1), threads,
-                  plan.gate_up_weight_bytes + activation_bytes());
+  stream.dispatch(MTL::Size(plan.tiles,
+                            gemv ? gemv_blocks(gate_up, widest_intermediate(), GATE_UP_COLUMNS) : plan.gate_up_blocks,
+                            1),
+                  threads, plan.gate_up_weight_bytes + activation_bytes());
 
   const BufferView y = stream.scratch(plan.y_bytes);
   args.out_row_stride = shape.hidden;
@@ -159,8 +175,9 @@ void Encoding::grouped() {
   stream.bind_value(6, args);
   if (plan.threadgroup_bytes)
     stream.threadgroup_memory(0, plan.threadgroup_bytes);
-  stream.dispatch(MTL::Size(plan.tiles, plan.down_blocks, 1), threads,
-                  plan.down_weight_bytes + plan.h_bytes + plan.y_bytes);
+  stream.dispatch(
+      MTL::Size(plan.tiles, gemv ? gemv_blocks(gate_up, shape.hidden, DOWN_PREFILL4_COLUMNS) : plan.down_blocks, 1),
+      threads, plan.down_weight_bytes + plan.h_bytes + plan.y_bytes);
 
   CombineArgs combine{};
   combine.tokens = shape.tokens;
@@ -175,6 +192,7 @@ void Encoding::grouped() {
   combine.shared_slot_stride = shared_weights.slot_stride;
   combine.shared_type = shared_weights.type;
   combine.out_row_stride = shape.hidden;
+  combine.vectorized = shape.hidden % COMBINE_COLUMNS == 0 && out.address % VECTOR_BYTES == 0;
   const Pipeline& pipeline = engine.pipeline(plan.combine);
   const uint32_t combine_threads = simdgroups(COMBINE_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width;
   stream.use(pipeline);

@@ -28,7 +28,8 @@ void encode_group(CommandStream& stream, MoeEngine& engine, const SlotsView& ids
   stream.bind(4, or_offsets(tables.tiles));
   stream.bind_value(5, args);
   stream.threadgroup_memory(0, GROUP_COUNTERS * sizeof(uint32_t));
-  stream.dispatch(MTL::Size(1, 1, 1), simdgroups(GROUP_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width,
+  stream.dispatch(MTL::Size(1, 1, 1),
+                  simdgroups(group_simdgroups(tokens * top_k), pipeline.simd_width) * pipeline.simd_width,
                   size_t(tokens) * (top_k + shared) * 12 + size_t(tables.max_tiles) * sizeof(RowTile));
 }
 

@@ -24,8 +24,10 @@ enum class Stage : uint8_t { GateUp, Up, Down, Route, Group, PadGroups, Combine,
 struct Variant {
   Family family;
   uint32_t row_tile; // rows of one expert per threadgroup
-  uint32_t tile_n;   // output columns per threadgroup; in matrix families weight rows: of gate_up half as many columns
-  bool matrix;       // 8x8 simdgroup matrices, see gemm.h; else dot products, see gemv.h
+  /// Output columns per threadgroup; in GEMV families on a GPU several threadgroups share them, in matrix families
+  /// these are weight rows: of gate_up half as many columns.
+  uint32_t tile_n;
+  bool matrix; // 8x8 simdgroup matrices, see gemm.h; else dot products, see gemv.h
   bool stages_weights;
   const char* row_suffix; // in kernel names, where a family has several row tiles
 };

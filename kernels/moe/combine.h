@@ -2,8 +2,9 @@
 #pragma once
 #include "../tiles/scalar.h"
 
-SHARED_CONSTANT uint COMBINE_SIMDGROUPS = 8;
-/// Output columns of one thread.
+/// Simdgroups of a threadgroup: few, so that one token has several threadgroups.
+SHARED_CONSTANT uint COMBINE_SIMDGROUPS = 2;
+/// Output columns of one thread, consecutive: one 16-byte load of each row.
 SHARED_CONSTANT uint COMBINE_COLUMNS = 4;
 
 // Buffers: 0 rows fp32 [S, hidden] in sorted order, 1 inverse [S], 2 topk_weights, 3 shared_weights (any buffer where
@@ -22,4 +23,5 @@ struct CombineArgs {
   uint shared_slot_stride;
   uint shared_type;    // ScalarType
   uint out_row_stride; // elements
+  uint vectorized;     // 1: hidden is a multiple of COMBINE_COLUMNS, and rows of `out` start at 4 elements' alignment
 };

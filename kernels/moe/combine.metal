@@ -5,10 +5,9 @@
 // in fp32 and in slot order, whatever order the rows were computed in, rounded once. A slot whose assignment was
 // dropped (GROUP_NONE) adds nothing. slots = top_k + shared; shared experts come last, with weight 1 unless given.
 //
-// Layouts: see combine.h. A threadgroup takes one token and a block of columns; a thread takes COMBINE_COLUMNS columns
-// that stand one threadgroup apart, so that neighbouring lanes read neighbouring columns. A one-thread threadgroup
-// takes the row in pieces of COLUMNS. Up to SLOTS_AT_A_TIME rows are read together: that many loads are under way for
-// every sum, which is read and written once for all of them.
+// Layouts: see combine.h. A threadgroup takes one token and a block of columns, a thread COMBINE_COLUMNS consecutive
+// ones of them. A one-thread threadgroup takes the row in pieces of COLUMNS. SLOTS_AT_A_TIME rows are read together:
+// their places first, then the rows, so that a token waits for memory twice, not twice per slot.
 //
 // Bytes per token: 4 * slots * H read, sizeof(T) * H written.
 #include "combine.h"
@@ -17,7 +16,7 @@
 constexpr constant uint THREADS = simdgroups(COMBINE_SIMDGROUPS, SIMD_WIDTH) * SIMD_WIDTH;
 /// Columns of a thread at a time. One thread's 512 sums are 2 KiB, which stay in the L1 cache while rows stream by.
 constexpr constant uint COLUMNS = SIMD_WIDTH == 1 ? 512 : COMBINE_COLUMNS;
-constexpr constant uint SLOTS_AT_A_TIME = 4;
+constexpr constant uint SLOTS_AT_A_TIME = SIMD_WIDTH == 1 ? 4 : 8;
 
 inline float slot_weight(device const uchar* topk_weights, device const uchar* shared_weights,
                          constant CombineArgs& args, uint token, uint slot) {
@@ -31,17 +30,41 @@ inline float slot_weight(device const uchar* topk_weights, device const uchar* s
                      args.shared_type);
 }
 
-/// sum[c] += weight * column c * THREADS of N rows, in order, for c < count. `columns`: how many columns the rows have
-/// from their pointers on.
+/// sum[c] += weight * column c of N rows, in order, for c < count; a null row adds nothing.
 template <uint N>
 inline void add_rows(thread float (&sum)[COLUMNS], device const float* const thread (&row)[N],
-                     thread const float (&weight)[N], uint count, uint columns) {
-  for (uint c = 0; c < count; ++c)
-    if (SIMD_WIDTH == 1 || c * THREADS < columns) {
+                     thread const float (&weight)[N], uint count) {
+  for (uint c = 0; c < count; ++c) {
+    UNROLL
+    for (uint i = 0; i < N; ++i)
+      sum[c] += weight[i] * row[i][c];
+  }
+}
+
+/// The same for the registers of a GPU's thread: all loads first. Adding 0 for a null row changes no bit of a sum that
+/// began with 0.
+template <uint N>
+inline void add_columns(thread float (&sum)[COLUMNS], device const float* const thread (&row)[N],
+                        thread const float (&weight)[N], uint count, bool vectorized) {
+  float4 value[N];
+  UNROLL
+  for (uint i = 0; i < N; ++i) {
+    value[i] = float4(0.0f);
+    if (row[i] && vectorized) {
+      value[i] = *reinterpret_cast<device const float4*>(row[i]);
+    } else if (row[i]) {
       UNROLL
-      for (uint i = 0; i < N; ++i)
-        sum[c] += weight[i] * row[i][c * THREADS];
+      for (uint c = 0; c < COMBINE_COLUMNS; ++c)
+        if (c < count)
+          value[i][c] = row[i][c];
     }
+  }
+  UNROLL
+  for (uint i = 0; i < N; ++i) {
+    UNROLL
+    for (uint c = 0; c < COMBINE_COLUMNS; ++c)
+      sum[c] += weight[i] * value[i][c];
+  }
 }
 
 template <typename T>
@@ -56,40 +79,52 @@ void combine(device const float* rows [[buffer(0)]], device const uint* inverse 
   device const uint* places = inverse + ulong(token) * slots;
   device T* out_row = out + ulong(token) * args.out_row_stride;
 
-  for (uint first = threadgroup_position.x * THREADS * COLUMNS + thread_index; first < args.hidden;
+  for (uint first = (threadgroup_position.x * THREADS + thread_index) * COLUMNS; first < args.hidden;
        first += threadgroups.x * THREADS * COLUMNS) {
-    const uint columns = args.hidden - first;
-    // A constant on a GPU, so that the sums are registers; a loop bound where they are vectors of one thread.
-    const uint count = SIMD_WIDTH == 1 ? min(COLUMNS, columns) : COLUMNS;
+    const uint count = min(COLUMNS, args.hidden - first);
     float sum[COLUMNS];
-    for (uint c = 0; c < count; ++c)
+    for (uint c = 0; c < (SIMD_WIDTH == 1 ? count : COLUMNS); ++c)
       sum[c] = 0.0f;
     for (uint slot = 0; slot < slots; slot += SLOTS_AT_A_TIME) {
+      uint place[SLOTS_AT_A_TIME];
+      UNROLL
+      for (uint i = 0; i < SLOTS_AT_A_TIME; ++i)
+        place[i] = slot + i < slots ? places[slot + i] : GROUP_NONE;
       device const float* row[SLOTS_AT_A_TIME];
       float weight[SLOTS_AT_A_TIME];
       bool all = true;
       UNROLL
       for (uint i = 0; i < SLOTS_AT_A_TIME; ++i) {
-        const uint place = slot + i < slots ? places[slot + i] : GROUP_NONE;
-        all = all && place != GROUP_NONE;
-        row[i] = place != GROUP_NONE ? rows + ulong(place) * args.hidden + first : nullptr;
-        weight[i] = place != GROUP_NONE ? slot_weight(topk_weights, shared_weights, args, token, slot + i) : 0.0f;
+        all = all && place[i] != GROUP_NONE;
+        row[i] = place[i] != GROUP_NONE ? rows + ulong(place[i]) * args.hidden + first : nullptr;
+        weight[i] = slot + i < slots ? slot_weight(topk_weights, shared_weights, args, token, slot + i) : 0.0f;
+        weight[i] = place[i] != GROUP_NONE ? weight[i] : 0.0f;
       }
-      if (all) {
-        add_rows<SLOTS_AT_A_TIME>(sum, row, weight, count, columns);
+      if (SIMD_WIDTH > 1) {
+        add_columns<SLOTS_AT_A_TIME>(sum, row, weight, count, args.vectorized);
+      } else if (all) {
+        add_rows<SLOTS_AT_A_TIME>(sum, row, weight, count);
       } else {
         UNROLL
         for (uint i = 0; i < SLOTS_AT_A_TIME; ++i) {
           device const float* const one_row[1] = {row[i]};
           const float one_weight[1] = {weight[i]};
           if (row[i])
-            add_rows<1>(sum, one_row, one_weight, count, columns);
+            add_rows<1>(sum, one_row, one_weight, count);
         }
       }
     }
-    for (uint c = 0; c < count; ++c)
-      if (SIMD_WIDTH == 1 || c * THREADS < columns)
-        out_row[first + c * THREADS] = T(sum[c]);
+    if (SIMD_WIDTH > 1 && args.vectorized) {
+      vec<T, 4> rounded;
+      UNROLL
+      for (uint c = 0; c < COMBINE_COLUMNS; ++c)
+        rounded[c] = T(sum[c]);
+      *reinterpret_cast<device vec<T, 4>*>(out_row + first) = rounded;
+    } else {
+      for (uint c = 0; c < (SIMD_WIDTH == 1 ? count : COLUMNS); ++c)
+        if (c < count)
+          out_row[first + c] = T(sum[c]);
+    }
   }
 }
 

@@ -4,14 +4,21 @@
 //   h [S, I']        from gate_up                          w2 [E, H, I]
 //   y [S, H] fp32    grouped families, in expert order     out [T, H] decode, in h's dtype
 //
-// decode       A threadgroup computes GEMV_TILE_N columns of one token: a simdgroup 4 columns at a time, over the
-//              token's slots in order, sum += weight * (dot + bias) in fp32. No second pass, no atomics.
-// prefill4     A threadgroup computes GEMV_TILE_N columns of one row tile, see gemv.h.
+// decode       A threadgroup computes DOWN_DECODE_COLUMNS columns of one token. The K of the token's slots, one after
+//              the other, is what its simdgroups divide evenly, whatever the number of slots and their K: each adds
+//              weight * (dot + bias) of its share in slot order, and the shares are added in order, all in fp32. No
+//              second pass, no atomics, the same bits in every run.
+// prefill4     A threadgroup computes DOWN_PREFILL4_THREADGROUP_COLUMNS columns of one row tile, see gemv.h.
 // base, large_batch, simd
 //              8x8 simdgroup matrices, see gemm.h. `combine` then adds the rows of each token.
 #include "combine.h"
 #include "gemm.h"
 #include "gemv.h"
+
+constexpr constant uint DOWN_LANE_SIMDGROUPS = simdgroups(DOWN_DECODE_SIMDGROUPS, SIMD_WIDTH);
+constexpr constant uint DOWN_DECODE_THREADGROUP_COLUMNS = gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, SIMD_WIDTH);
+constexpr constant uint DOWN_PREFILL4_THREADGROUP_COLUMNS =
+    gemv_threadgroup_columns(GEMV_SIMDGROUPS * DOWN_PREFILL4_COLUMNS, SIMD_WIDTH);
 
 /// w2 of one expert, routed or shared.
 template <typename T>
@@ -26,76 +33,120 @@ template <uint R, typename T>
 inline Rows<T, R> down_rows(device const T* w2, uint column, uint hidden, uint K) {
   Rows<T, R> w;
   w.next = ulong(R) * K;
+  UNROLL
   for (uint i = 0; i < R; ++i)
     w.row[i] = w2 + ulong(min(column + i, hidden - 1)) * K;
   return w;
 }
 
+/// What `slot` of `token` adds with: its routing weight, 1 for a shared expert without one.
+inline float down_weight(device const uchar* weights, device const uchar* shared_weights, constant ExpertsArgs& args,
+                         uint token, uint slot) {
+  if (slot < args.top_k)
+    return load_scalar(weights, ulong(token) * args.weights_token_stride + ulong(slot) * args.weights_slot_stride,
+                       args.weights_type);
+  if (args.has_shared_weights == 0)
+    return 1.0f;
+  return load_scalar(shared_weights,
+                     ulong(token) * args.shared_token_stride + ulong(slot - args.top_k) * args.shared_slot_stride,
+                     args.shared_type);
+}
+
+/// total[i] = the part of column + i of out[token] that pieces first .. last - 1 are, in this lane: the K of the
+/// token's slots, one after the other, in pieces of SIMDGROUP_ELEMENTS.
+template <bool VECTORIZED, typename Acc, uint N, typename T>
+inline void down_decode_pieces(device const T* h, device const T* w2, device const T* shared_w2, device const T* bias,
+                               device const int* ids, device const uchar* weights, device const uchar* shared_weights,
+                               constant ExpertsArgs& args, uint token, uint column, uint first, uint last, uint lane,
+                               thread float (&total)[N][1]) {
+  const uint slots = args.top_k + args.shared;
+  uint slot_first = 0;
+  for (uint slot = 0; slot < slots && slot_first < last; ++slot) {
+    const bool routed = slot < args.top_k;
+    const uint K = routed ? args.intermediate : args.shared_intermediate;
+    const uint begin = max(first, slot_first) - slot_first;
+    const uint end = min(last - slot_first, divide_up(K, SIMDGROUP_ELEMENTS));
+    slot_first += divide_up(K, SIMDGROUP_ELEMENTS);
+    if (begin >= end)
+      continue;
+    const uint expert = routed ? load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride,
+                                         args.id_words, args.experts)
+                               : args.experts + slot - args.top_k;
+    if (expert == NO_EXPERT)
+      continue;
+    const float weight = down_weight(weights, shared_weights, args, token, slot);
+    const uint k = begin * SIMDGROUP_ELEMENTS;
+    const Rows<T, N> w = down_rows<N>(expert_w2(w2, shared_w2, expert, args) + k, column, args.hidden, K);
+    Rows<T, 1> x;
+    x.row[0] = h + (ulong(token) * slots + slot) * args.h_row_stride + k;
+    float sum[N][1];
+    dot_rows<VECTORIZED, Acc>(w, x, min(end * SIMDGROUP_ELEMENTS, K) - k, lane, sum);
+    const bool biased = routed && args.has_bias && begin == 0 && lane == 0;
+    UNROLL
+    for (uint i = 0; i < N; ++i) {
+      const float b = biased && column + i < args.hidden ? float(bias[ulong(expert) * args.hidden + column + i]) : 0.0f;
+      total[i][0] = fma(weight, sum[i][0] + b, total[i][0]);
+    }
+  }
+}
+
 template <bool VECTORIZED, typename T, typename Acc>
 inline void down_decode_columns(device const T* h, device const T* w2, device const T* shared_w2, device const T* bias,
                                 device const int* ids, device const uchar* weights, device const uchar* shared_weights,
-                                device T* out, constant ExpertsArgs& args, uint first_column, uint token,
-                                uint simdgroup, uint lane) {
-  constexpr uint N = gemv_weight_rows<1>();
-  const uint slots = args.top_k + args.shared;
-  const uint end = min(first_column + GEMV_TILE_N, args.hidden);
-  for (uint column = first_column + simdgroup * N; column < end; column += GEMV_LANE_SIMDGROUPS * N) {
-    float total[N] = {};
-    for (uint slot = 0; slot < slots; ++slot) {
-      const bool routed = slot < args.top_k;
-      const uint expert = routed ? load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride,
-                                           args.id_words, args.experts)
-                                 : args.experts + slot - args.top_k;
-      if (expert == NO_EXPERT)
-        continue;
-      const uint K = routed ? args.intermediate : args.shared_intermediate;
-      device const T* w = expert_w2(w2, shared_w2, expert, args);
-      const SortedRows<T> rows{h + (ulong(token) * slots + slot) * args.h_row_stride, 0};
-      const Rows<T, N> weight_rows = down_rows<N>(w, column, args.hidden, K);
-      float sum[N][1];
-      dot_block<VECTORIZED, Acc>(weight_rows, rows, 0, K, lane, sum);
-
-      float weight = 1.0f;
-      if (routed)
-        weight = load_scalar(weights, ulong(token) * args.weights_token_stride + slot * args.weights_slot_stride,
-                             args.weights_type);
-      else if (args.has_shared_weights)
-        weight = load_scalar(shared_weights,
-                             ulong(token) * args.shared_token_stride + (slot - args.top_k) * args.shared_slot_stride,
-                             args.shared_type);
-      for (uint i = 0; i < N; ++i) {
-        const bool biased = routed && args.has_bias && column + i < end;
-        const float b = biased ? float(bias[ulong(expert) * args.hidden + column + i]) : 0.0f;
-        total[i] = fma(weight, sum[i][0] + b, total[i]);
-      }
+                                device T* out, constant ExpertsArgs& args, threadgroup float* sums, uint first_column,
+                                uint token, uint simdgroup, uint lane) {
+  constexpr uint N = SIMD_WIDTH == 1 ? one_lane_weight_rows<1>() : DOWN_DECODE_COLUMNS;
+  const uint pieces = args.top_k * divide_up(args.intermediate, SIMDGROUP_ELEMENTS) +
+                      args.shared * divide_up(args.shared_intermediate, SIMDGROUP_ELEMENTS);
+  const uint share = divide_up(pieces, DOWN_LANE_SIMDGROUPS);
+  const uint first = min(simdgroup * share, pieces);
+  const uint last = min(first + share, pieces);
+  device T* to = out + ulong(token) * args.out_row_stride;
+  const uint end = min(first_column + DOWN_DECODE_THREADGROUP_COLUMNS, args.hidden);
+  for (uint column = first_column; column < end; column += N) { // once, on a GPU
+    float total[N][1] = {};
+    down_decode_pieces<VECTORIZED, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, args, token, column,
+                                        first, last, lane, total);
+    const LaneSums<N> own = sum_lanes<0, N>(total, lane);
+    if (DOWN_LANE_SIMDGROUPS == 1) {
+      for (uint i = lane; i < N; i += SIMD_WIDTH)
+        if (column + i < end)
+          to[column + i] = T(own.at(i));
+      continue;
     }
-    for (uint i = 0; i < N; ++i)
-      if (column + i < end && lane == i % SIMD_WIDTH)
-        out[ulong(token) * args.out_row_stride + column + i] = T(total[i]);
+    for (uint i = lane; i < N; i += SIMD_WIDTH)
+      sums[simdgroup * N + i] = own.at(i);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = simdgroup * SIMD_WIDTH + lane; i < N && column + i < end; i += DOWN_LANE_SIMDGROUPS * SIMD_WIDTH) {
+      float sum = sums[i];
+      for (uint s = 1; s < DOWN_LANE_SIMDGROUPS; ++s)
+        sum += sums[s * N + i];
+      to[column + i] = T(sum);
+    }
   }
 }
 
 template <typename T, typename Acc>
-[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
+[[kernel, max_total_threads_per_threadgroup(DOWN_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 down_decode(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], device const T* shared_w2 [[buffer(2)]],
             device const T* bias [[buffer(3)]], device const int* ids [[buffer(4)]],
             device const uchar* weights [[buffer(5)]], device const uchar* shared_weights [[buffer(6)]],
             device T* out [[buffer(7)]], constant ExpertsArgs& args [[buffer(8)]],
-            uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-            uint lane [[thread_index_in_simdgroup]]) {
-  const uint first_column = group.x * GEMV_TILE_N;
+            threadgroup float* sums [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+            uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint first_column = group.x * DOWN_DECODE_THREADGROUP_COLUMNS;
   if (args.vectorized)
-    down_decode_columns<true, T, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, out, args, first_column,
-                                      group.y, simdgroup, lane);
+    down_decode_columns<true, T, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, out, args, sums,
+                                      first_column, group.y, simdgroup, lane);
   else
-    down_decode_columns<false, T, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, out, args, first_column,
-                                       group.y, simdgroup, lane);
+    down_decode_columns<false, T, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, out, args, sums,
+                                       first_column, group.y, simdgroup, lane);
 }
 
 /// Columns column .. column + R - 1 of y, in prefill4.
 template <bool VECTORIZED, typename T, typename Acc>
 struct DownBlock {
-  static constexpr constant uint R = gemv_weight_rows<GEMV_ROWS>();
+  static constexpr constant uint R = gemv_columns<GEMV_ROWS, 1>(DOWN_PREFILL4_COLUMNS);
   SortedRows<T> rows;
   device float* y;      // of row 0
   device const T* bias; // of the expert, or null
@@ -109,10 +160,12 @@ struct DownBlock {
   void run(thread const Rows<T, R>& w, uint first) thread const {
     float sum[R][C];
     dot_block<VECTORIZED, Acc>(w, rows, first, K, lane, sum);
-    for (uint i = 0; i < R; ++i)
-      for (uint c = 0; c < C; ++c)
-        if (column + i < end && lane == (i * C + c) % SIMD_WIDTH)
-          y[ulong(first + c) * stride + column + i] = sum[i][c] + (bias ? float(bias[column + i]) : 0.0f);
+    const LaneSums<R * C> sums = sum_lanes<0, R>(sum, lane);
+    for (uint e = lane; e < R * C; e += SIMD_WIDTH) {
+      const uint n = column + e / C;
+      if (n < end)
+        y[ulong(first + e % C) * stride + n] = sums.at(e) + (bias ? float(bias[n]) : 0.0f);
+    }
   }
 };
 
@@ -122,7 +175,7 @@ inline void down_prefill4_columns(device const T* h, device const T* w, device c
                                   uint lane) {
   using Block = DownBlock<VECTORIZED, T, Acc>;
   const SortedRows<T> rows{h, args.h_row_stride};
-  const uint end = min(first_column + GEMV_TILE_N, args.hidden);
+  const uint end = min(first_column + DOWN_PREFILL4_THREADGROUP_COLUMNS, args.hidden);
   for (uint column = first_column + simdgroup * Block::R; column < end; column += GEMV_LANE_SIMDGROUPS * Block::R) {
     const Block block{rows, y, bias, K, args.out_row_stride, column, end, lane};
     const Rows<T, Block::R> weight_rows = down_rows<Block::R>(w, column, args.hidden, K);
@@ -147,9 +200,11 @@ down_prefill4(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]],
   device const T* from = h + ulong(tile.first_row) * args.h_row_stride;
   device float* to = y + ulong(tile.first_row) * args.out_row_stride;
   if (args.vectorized)
-    down_prefill4_columns<true, T, Acc>(from, w, b, to, K, tile.rows, group.y * GEMV_TILE_N, args, simdgroup, lane);
+    down_prefill4_columns<true, T, Acc>(from, w, b, to, K, tile.rows, group.y * DOWN_PREFILL4_THREADGROUP_COLUMNS, args,
+                                        simdgroup, lane);
   else
-    down_prefill4_columns<false, T, Acc>(from, w, b, to, K, tile.rows, group.y * GEMV_TILE_N, args, simdgroup, lane);
+    down_prefill4_columns<false, T, Acc>(from, w, b, to, K, tile.rows, group.y * DOWN_PREFILL4_THREADGROUP_COLUMNS,
+                                         args, simdgroup, lane);
 }
 
 /// Where a row tile's sums go: biased, to y.

@@ -11,9 +11,22 @@ enum Activation : uint {
   ACTIVATION_SWIGLU_CLAMP = 4 // gpt-oss: g = min(g, limit), u = clamp(u, -limit, limit), g * sigmoid(alpha g) * (u + 1)
 };
 
-// decode and prefill4: output columns of a threadgroup, and its simdgroups on a GPU.
+// decode and prefill4: output columns of a tile. A one-thread simdgroup computes the tile. On a GPU the tile is divided
+// among several small threadgroups: with one token there are few tiles, and the time is that of the busiest core.
 SHARED_CONSTANT uint GEMV_TILE_N = 64;
-SHARED_CONSTANT uint GEMV_SIMDGROUPS = 8;
+/// Simdgroups of a threadgroup on a GPU, each with columns of its own: gate_up, and prefill4's down.
+SHARED_CONSTANT uint GEMV_SIMDGROUPS = 4;
+/// Columns of such a simdgroup. gate_up reads two weight rows for each. Fewer leave too few loads under way, more need
+/// registers for the sums of four rows (H200, 16 tokens of Qwen3: gate_up 130 us with 2 and 137 with 4 columns, down
+/// 80, 72 and 67 with 2, 4 and 8).
+SHARED_CONSTANT uint GATE_UP_COLUMNS = 2;
+SHARED_CONSTANT uint DOWN_PREFILL4_COLUMNS = 8;
+/// decode's down on a GPU: columns of a threadgroup, and the simdgroups that share K of all slots of a token (H200, one
+/// token of Qwen3: 9.3 us; 8 columns and 8 simdgroups 10.8, 4 and 16 15.1).
+SHARED_CONSTANT uint DOWN_DECODE_COLUMNS = 4;
+SHARED_CONSTANT uint DOWN_DECODE_SIMDGROUPS = 4;
+/// Output columns of a threadgroup, where `wanted` is the number on a GPU.
+constexpr uint gemv_threadgroup_columns(uint wanted, uint simd_width) { return simd_width == 1 ? GEMV_TILE_N : wanted; }
 /// Rows of a prefill4 tile. On a GPU one register block: more tiles, more threadgroups. With one-thread simdgroups a
 /// tile takes all rows that an expert is likely to have, and reads its weights once.
 SHARED_CONSTANT uint PREFILL4_ROW_TILE = 4;
@@ -56,6 +69,9 @@ constexpr uint gemm_threadgroup_bytes(uint row_tile, uint weight_rows, uint pad_
   return staging.stages * staging.stage_bytes + GEMM_FRAGMENT_BYTES;
 }
 
+/// Threadgroup memory of decode's down: a sum per simdgroup and column.
+SHARED_CONSTANT uint DOWN_DECODE_MEMORY_BYTES = DOWN_DECODE_SIMDGROUPS * DOWN_DECODE_COLUMNS * 4;
+
 // `simd` and vectorised loads need rows that start at multiples of this many bytes.
 SHARED_CONSTANT uint VECTOR_BYTES = 16;
 
@@ -90,10 +106,9 @@ struct ExpertsArgs {
 
 // Buffers.
 //  gate_up, decode : 0 x, 1 w1, 2 shared_w1, 3 bias1, 4 ids, 5 h out [T * slots, h_row_stride], 6 ExpertsArgs.
-//                    Grid (ceil(max I / GEMV_TILE_N), slots, T), slots = top_k + shared.
+//                    Grid (ceil(max I / columns of a threadgroup), slots, T), slots = top_k + shared.
 //  down, decode    : 0 h, 1 w2, 2 shared_w2, 3 bias2, 4 ids, 5 topk_weights, 6 shared_weights, 7 out [T, H], 8
-//  ExpertsArgs.
-//                    Grid (ceil(H / GEMV_TILE_N), T).
+//                    ExpertsArgs; threadgroup 0: DOWN_DECODE_MEMORY_BYTES. Grid (ceil(H / columns), T).
 //  gate_up, grouped: 0 x, 1 w1, 2 shared_w1, 3 bias1, 4 sorted_rows, 5 tiles, 6 h out (sorted order), 7 ExpertsArgs;
 //                    threadgroup 0: gemm_threadgroup_bytes. Grid (tiles, ceil(max I / columns of a threadgroup)).
 //  down, grouped   : 0 h, 1 w2, 2 shared_w2, 3 bias2, 4 tiles, 5 y out fp32 [S, H] (sorted order), 6 ExpertsArgs;

@@ -3,17 +3,19 @@
 //   x  [T, H]        hidden states, row stride free        w1 [E, 2I, H]  gate and up rows (E, I, H without a gate)
 //   h  [S, I']       intermediate, in x's dtype            I' = h_row_stride; S = T * (top_k + shared)
 //
-// decode       h rows are assignments (token, slot). A threadgroup computes GEMV_TILE_N columns of one assignment; a
-//              simdgroup 4 columns at a time, its lanes splitting K. Every assignment reads its expert: S * 2IH
-//              weights.
-// prefill4     h rows are in expert order. A threadgroup computes GEMV_TILE_N columns of one row tile, see gemv.h: up
-// to
+// decode       h rows are assignments (token, slot). A threadgroup computes GATE_UP_THREADGROUP_COLUMNS columns of one
+//              assignment, a simdgroup GATE_UP_COLUMNS of them, its lanes splitting K. Every assignment reads its
+//              expert: S * 2IH weights.
+// prefill4     h rows are in expert order. A threadgroup computes as many columns of one row tile, see gemv.h: up to
 //              4 rows share each weight in registers, all rows of the tile each weight read from memory.
 // base, large_batch, simd
 //              h rows are in expert order; 8x8 simdgroup matrices, see gemm.h.
 // Grouped families read each selected expert once per row tile: once, where no expert has more rows than a tile.
 #include "gemm.h"
 #include "gemv.h"
+
+constexpr constant uint GATE_UP_THREADGROUP_COLUMNS =
+    gemv_threadgroup_columns(GEMV_SIMDGROUPS * GATE_UP_COLUMNS, SIMD_WIDTH);
 
 /// w1 of one expert, routed or shared.
 template <uint MATRICES, typename T>
@@ -30,8 +32,8 @@ inline uint up_row(uint n, uint intermediate, bool interleaved) { return interle
 /// Columns column .. column + N - 1 of h, in the GEMV families.
 template <bool VECTORIZED, uint MAX_ROWS, typename T, typename Acc, bool GATED, typename Source>
 struct GateUpBlock {
-  static constexpr constant uint R = gemv_weight_rows<MAX_ROWS>();
-  static constexpr constant uint N = GATED ? R / 2 : R;
+  static constexpr constant uint N = gemv_columns<MAX_ROWS, GATED ? 2 : 1>(GATE_UP_COLUMNS);
+  static constexpr constant uint R = GATED ? 2 * N : N; // weight rows
   Source rows;
   device T* h;          // of row 0
   device const T* bias; // of the expert, or null
@@ -44,6 +46,7 @@ struct GateUpBlock {
   Rows<T, R> weights(device const T* w1) thread const {
     Rows<T, R> w;
     w.next = ulong(N) * (args.interleaved ? 2 : 1) * args.hidden;
+    UNROLL
     for (uint i = 0; i < N; ++i) {
       const uint n = min(column + i, intermediate - 1); // past the edge: the last column again, not stored
       w.row[i] = w1 + ulong(GATED ? gate_row(n, args.interleaved) : n) * args.hidden;
@@ -57,19 +60,20 @@ struct GateUpBlock {
   void run(thread const Rows<T, R>& w, uint first) thread const {
     float sum[R][C];
     dot_block<VECTORIZED, Acc>(w, rows, first, args.hidden, lane, sum);
-    for (uint i = 0; i < N; ++i)
-      for (uint c = 0; c < C; ++c)
-        if (column + i < end && lane == (i * C + c) % SIMD_WIDTH) {
-          const uint n = column + i;
-          float gate = sum[i][c];
-          float up = GATED ? sum[R - N + i][c] : 0.0f;
-          if (bias) {
-            gate += float(bias[GATED ? gate_row(n, args.interleaved) : n]);
-            if (GATED)
-              up += float(bias[up_row(n, intermediate, args.interleaved)]);
-          }
-          h[ulong(first + c) * args.h_row_stride + n] = T(activate(args.activation, gate, up, args.alpha, args.limit));
-        }
+    const LaneSums<N * C> gates = sum_lanes<0, N>(sum, lane);
+    const LaneSums<N * C> ups = sum_lanes<R - N, N>(sum, lane);
+    for (uint e = lane; e < N * C; e += SIMD_WIDTH) {
+      const uint n = column + e / C;
+      if (n >= end)
+        continue;
+      float gate = gates.at(e), up = ups.at(e); // without a gate the same, and `up` is not used
+      if (bias) {
+        gate += float(bias[GATED ? gate_row(n, args.interleaved) : n]);
+        if (GATED)
+          up += float(bias[up_row(n, intermediate, args.interleaved)]);
+      }
+      h[ulong(first + e % C) * args.h_row_stride + n] = T(activate(args.activation, gate, up, args.alpha, args.limit));
+    }
   }
 };
 
@@ -83,7 +87,7 @@ inline void gate_up_gemv(thread const Source& rows, uint count, device const T* 
   device const T* w = expert_w1<MATRICES>(w1, shared_w1, expert, args);
   device const T* b =
       args.has_bias && expert < args.experts ? bias + ulong(expert) * MATRICES * args.intermediate : nullptr;
-  const uint end = min(first_column + GEMV_TILE_N, intermediate);
+  const uint end = min(first_column + GATE_UP_THREADGROUP_COLUMNS, intermediate);
   using Block = GateUpBlock<VECTORIZED, MAX_ROWS, T, Acc, GATED, Source>;
   for (uint column = first_column + simdgroup * Block::N; column < end; column += GEMV_LANE_SIMDGROUPS * Block::N) {
     const Block block{rows, h, b, intermediate, column, end, lane, args};
@@ -110,11 +114,11 @@ gate_up_decode(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]]
   const SortedRows<T> rows{x + ulong(token) * args.x_row_stride, 0};
   device T* to = h + (ulong(token) * slots + slot) * args.h_row_stride;
   if (args.vectorized)
-    gate_up_gemv<true, 1, T, Acc, GATED>(rows, 1, w1, shared_w1, bias, expert, to, group.x * GEMV_TILE_N, args,
-                                         simdgroup, lane);
+    gate_up_gemv<true, 1, T, Acc, GATED>(rows, 1, w1, shared_w1, bias, expert, to,
+                                         group.x * GATE_UP_THREADGROUP_COLUMNS, args, simdgroup, lane);
   else
-    gate_up_gemv<false, 1, T, Acc, GATED>(rows, 1, w1, shared_w1, bias, expert, to, group.x * GEMV_TILE_N, args,
-                                          simdgroup, lane);
+    gate_up_gemv<false, 1, T, Acc, GATED>(rows, 1, w1, shared_w1, bias, expert, to,
+                                          group.x * GATE_UP_THREADGROUP_COLUMNS, args, simdgroup, lane);
 }
 
 template <typename T, typename Acc, bool GATED>
@@ -132,10 +136,10 @@ gate_up_prefill4(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)
   device T* to = h + ulong(tile.first_row) * args.h_row_stride;
   if (args.vectorized)
     gate_up_gemv<true, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to,
-                                                 group.y * GEMV_TILE_N, args, simdgroup, lane);
+                                                 group.y * GATE_UP_THREADGROUP_COLUMNS, args, simdgroup, lane);
   else
     gate_up_gemv<false, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to,
-                                                  group.y * GEMV_TILE_N, args, simdgroup, lane);
+                                                  group.y * GATE_UP_THREADGROUP_COLUMNS, args, simdgroup, lane);
 }
 
 /// Where a row tile's sums go: biased, activated, to h.

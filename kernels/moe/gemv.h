@@ -6,32 +6,35 @@
 #pragma once
 #include "../formats/dense.h"
 #include "../tiles/dot.h"
+#include "../tiles/lane_sums.h"
 #include "../tiles/scalar.h"
 #include "activation.h"
 #include "row_source.h"
 
 constexpr constant uint GEMV_LANE_SIMDGROUPS = simdgroups(GEMV_SIMDGROUPS, SIMD_WIDTH);
-
 /// Rows that share a weight in registers.
 constexpr constant uint GEMV_ROWS = 4;
-/// Weight rows of a block: with GEMV_ROWS rows 16 accumulators a lane. A single row affords the double, which keeps
-/// more loads in flight.
+/// Weight rows of a one-thread simdgroup's block: with GEMV_ROWS rows 16 vectors of sums. A single row affords the
+/// double.
 template <uint MAX_ROWS>
-constexpr uint gemv_weight_rows() {
+constexpr uint one_lane_weight_rows() {
   return MAX_ROWS == 1 ? 8 : 4;
 }
+/// Columns of a block of which each takes MATRICES weight rows; `wanted` on a GPU.
+template <uint MAX_ROWS, uint MATRICES>
+constexpr uint gemv_columns(uint wanted) {
+  return SIMD_WIDTH == 1 ? one_lane_weight_rows<MAX_ROWS>() / MATRICES : wanted;
+}
 
-/// sum[r][c] = w.row[r] . (row first + c of `rows`), the same in all lanes.
+/// sum[r][c] = this lane's part of w.row[r] . (row first + c of `rows`).
 template <bool VECTORIZED, typename Acc, uint R, uint C, typename T, typename Source>
 inline void dot_block(thread const Rows<T, R>& w, thread const Source& rows, uint first, uint K, uint lane,
                       thread float (&sum)[R][C]) {
   Rows<T, C> x;
+  UNROLL
   for (uint c = 0; c < C; ++c)
     x.row[c] = rows.at(first + c);
   dot_rows<VECTORIZED, Acc>(w, x, K, lane, sum);
-  for (uint r = 0; r < R; ++r)
-    for (uint c = 0; c < C; ++c)
-      sum[r][c] = simd_sum(sum[r][c]);
 }
 
 /// Runs `block` over `count` rows, up to MAX_ROWS (1, or GEMV_ROWS) of them together.

@@ -7,23 +7,20 @@
 // top_k + i.
 //
 // One threadgroup, because every stage needs all of the one before. The assignments are cut into one consecutive run
-// per simdgroup that takes part; each run is read SIMD_WIDTH at a time, in order, so ranks need no atomics and no
-// schedule can change them:
+// per simdgroup that takes part, and no more of those than there are SIMD_WIDTH assignments each; a run is read
+// SIMD_WIDTH at a time, in order, so ranks need no atomics and no schedule can change them:
 //   1. count    simdgroup p: counters[p][e] = how many of its assignments name expert e
-//   2. scan     simdgroup 0: counters[p][e] = first place of (e, p); offsets and first tiles by the way
-//   3. tiles    one expert per simdgroup at a time, its tiles over the lanes
+//   2. scan     an expert per thread: first_place[e], first_tile[e], counters[p][e] = first place of (e, p)
+//   3. tiles    a tile per thread: its expert is the last whose first tile is not beyond it
 //   4. place    simdgroup p: lane's place = counters[p][e] + lower lanes with the same expert
-// With one-lane simdgroups this is the plain serial counting sort.
+// 3 and 4 follow 2 together. With one-lane simdgroups this is the plain serial counting sort.
 //
 // Bytes: S ids read twice (4 or 8 bytes), 2 * 4 * S written, 16 per tile.
 #include "../tiles/scalar.h"
 #include "group.h"
 
-constexpr constant uint LANE_SIMDGROUPS = simdgroups(GROUP_SIMDGROUPS, SIMD_WIDTH);
-constexpr constant uint THREADS = LANE_SIMDGROUPS * SIMD_WIDTH;
+constexpr constant uint MAX_THREADS = simdgroups(GROUP_MAX_SIMDGROUPS, SIMD_WIDTH) * SIMD_WIDTH;
 constexpr constant uint PAD_THREADS = simdgroups(PAD_SIMDGROUPS, SIMD_WIDTH) * SIMD_WIDTH;
-
-inline uint divide_up(uint a, uint b) { return (a + b - 1) / b; }
 
 /// The (token, slot) pairs of every SIMD_WIDTH-th routed assignment, without a division per step.
 struct RoutedSlots {
@@ -70,115 +67,135 @@ inline ulong lanes_of_expert(uint expert, uint experts) {
   return present ? lanes : 0;
 }
 
-[[kernel, max_total_threads_per_threadgroup(THREADS)]]
+[[kernel, max_total_threads_per_threadgroup(MAX_THREADS)]]
 void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)]],
            device uint* sorted_rows [[buffer(2)]], device uint* inverse [[buffer(3)]],
            device RowTile* tiles [[buffer(4)]], constant GroupArgs& args [[buffer(5)]],
            threadgroup uint* memory [[threadgroup(0)]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-           uint lane [[thread_index_in_simdgroup]]) {
+           uint lane [[thread_index_in_simdgroup]], uint simdgroup_count [[simdgroups_per_threadgroup]]) {
+  const uint threads = simdgroup_count * SIMD_WIDTH;
   const uint thread_index = simdgroup * SIMD_WIDTH + lane;
   const uint experts = args.experts;
   const uint top_k = max(args.top_k, 1u); // a divisor; without routed slots `routed` is 0
   const uint slots = args.top_k + args.shared;
   const uint routed = args.tokens * args.top_k;
 
-  // Threadgroup memory: first tile of each expert, then rows and tiles of all routed experts, then the counters.
-  threadgroup uint* first_tile = memory;
-  threadgroup uint* totals = memory + experts;
-  threadgroup uint* counters = memory + experts + 2;
-  const uint parts = min(LANE_SIMDGROUPS, (GROUP_COUNTERS - experts - 2) / max(experts, 1u));
+  // Threadgroup memory: first place and first tile of each expert, and past the last; rows and tiles of the experts
+  // that each simdgroup scans; then the counters.
+  threadgroup uint* first_place = memory;
+  threadgroup uint* first_tile = memory + experts + 1;
+  threadgroup uint* scanned_rows = first_tile + experts + 1;
+  threadgroup uint* scanned_tiles = scanned_rows + simdgroup_count;
+  threadgroup uint* counters = scanned_tiles + simdgroup_count;
+  const uint room = (GROUP_COUNTERS - 2 * (experts + 1 + simdgroup_count)) / max(experts, 1u);
+  const uint parts = max(1u, min(min(simdgroup_count, room), divide_up(routed, SIMD_WIDTH)));
   threadgroup uint* own = counters + simdgroup * experts;
   const uint run = divide_up(divide_up(routed, SIMD_WIDTH), parts) * SIMD_WIDTH;
   const uint run_first = min(simdgroup * run, routed);
   const uint run_last = simdgroup < parts ? min(run_first + run, routed) : run_first;
 
-  for (uint i = thread_index; i < parts * experts; i += THREADS)
+  // The first ids are on their way while the counters are cleared.
+  RoutedSlots at;
+  at.start(run_first + lane, top_k);
+  const uint first_expert = run_first + lane < run_last ? routed_expert(ids, args, at) : NO_EXPERT;
+  for (uint i = thread_index; i < parts * experts; i += threads)
     counters[i] = 0;
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   // 1. count. All lanes of a simdgroup make the same number of steps.
-  RoutedSlots at;
-  at.start(run_first + lane, top_k);
+  RoutedSlots step = at;
+  ulong first_same = 0;
   for (uint a = run_first; a < run_last; a += SIMD_WIDTH) {
-    const uint expert = a + lane < run_last ? routed_expert(ids, args, at) : NO_EXPERT;
+    uint expert = first_expert;
+    if (a != run_first)
+      expert = a + lane < run_last ? routed_expert(ids, args, step) : NO_EXPERT;
     const ulong same = lanes_of_expert(expert, experts);
+    if (a == run_first)
+      first_same = same;
     const bool lowest = (same & ((1ul << lane) - 1)) == 0;
     if (expert != NO_EXPERT && lowest)
       own[expert] += uint(popcount(same));
     simdgroup_barrier(mem_flags::mem_threadgroup); // the next step's lowest lane may be another one
-    at.next(top_k);
+    step.next(top_k);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // 2. scan
-  if (simdgroup == 0) {
-    uint place = 0, tile = 0;
-    for (uint first = 0; first < experts; first += SIMD_WIDTH) {
-      const uint expert = first + lane;
-      uint rows = 0;
-      if (expert < experts)
-        for (uint p = 0; p < parts; ++p)
-          rows += counters[p * experts + expert];
-      const uint expert_tiles = divide_up(rows, args.row_tile);
-      uint next = place + simd_prefix_exclusive_sum(rows);
-      const uint next_tile = tile + simd_prefix_exclusive_sum(expert_tiles);
-      if (expert < experts) {
-        offsets[expert] = next;
-        first_tile[expert] = next_tile;
-        for (uint p = 0; p < parts; ++p) {
-          const uint count = counters[p * experts + expert];
-          counters[p * experts + expert] = next;
-          next += count;
-        }
-      }
-      place += simd_sum(rows);
-      tile += simd_sum(expert_tiles);
+  // 2. scan, an expert per thread
+  uint place = 0, tile_count = 0; // of the experts before
+  for (uint first = 0; first < experts; first += threads) {
+    const uint expert = first + thread_index;
+    uint rows = 0;
+    if (expert < experts)
+      for (uint p = 0; p < parts; ++p)
+        rows += counters[p * experts + expert];
+    const uint expert_tiles = divide_up(rows, args.row_tile);
+    uint next = place + simd_prefix_exclusive_sum(rows);
+    uint next_tile = tile_count + simd_prefix_exclusive_sum(expert_tiles);
+    if (lane == SIMD_WIDTH - 1) {
+      scanned_rows[simdgroup] = next + rows - place;
+      scanned_tiles[simdgroup] = next_tile + expert_tiles - tile_count;
     }
-    if (lane == 0) {
-      totals[0] = place;
-      totals[1] = tile;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint s = 0; s < min(simdgroup_count, divide_up(experts - first, SIMD_WIDTH)); ++s) {
+      const uint before_rows = scanned_rows[s], before_tiles = scanned_tiles[s];
+      next += s < simdgroup ? before_rows : 0;
+      next_tile += s < simdgroup ? before_tiles : 0;
+      place += before_rows;
+      tile_count += before_tiles;
     }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  const uint routed_rows = totals[0];
-  const uint routed_tiles = totals[1];
-  const uint shared_tiles = divide_up(args.tokens, args.row_tile); // of one shared expert
-
-  // 3. tiles
-  for (uint expert = simdgroup; expert < experts + args.shared; expert += LANE_SIMDGROUPS) {
-    uint first_row, rows, first;
     if (expert < experts) {
-      first_row = counters[expert];
-      rows = (expert + 1 < experts ? counters[expert + 1] : routed_rows) - first_row;
-      first = first_tile[expert];
-    } else {
-      first_row = routed_rows + (expert - experts) * args.tokens;
-      rows = args.tokens;
-      first = routed_tiles + (expert - experts) * shared_tiles;
+      offsets[expert] = next;
+      first_place[expert] = next;
+      first_tile[expert] = next_tile;
+      for (uint p = 0; p < parts; ++p) {
+        const uint count = counters[p * experts + expert];
+        counters[p * experts + expert] = next;
+        next += count;
+      }
     }
-    for (uint t = lane; t * args.row_tile < rows; t += SIMD_WIDTH) {
-      device RowTile& tile = tiles[first + t];
-      tile.expert = expert;
-      tile.first_row = first_row + t * args.row_tile;
-      tile.rows = min(args.row_tile, rows - t * args.row_tile);
-      tile.reserved = 0;
-    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  for (uint t = routed_tiles + args.shared * shared_tiles + thread_index; t < args.max_tiles; t += THREADS) {
+  const uint routed_rows = place;
+  const uint routed_tiles = tile_count;
+  const uint shared_tiles = divide_up(args.tokens, args.row_tile); // of one shared expert
+  const uint used_tiles = routed_tiles + args.shared * shared_tiles;
+
+  // 3. tiles, from the last thread on: the first simdgroups have the most to place.
+  for (uint t = threads - 1 - thread_index; t < args.max_tiles; t += threads) {
+    uint expert = 0, first_row = 0, rows = 0;
+    if (t < routed_tiles) {
+      for (uint last = experts; last - expert > 1;) { // first_tile[expert] <= t < first_tile[last]
+        const uint middle = (expert + last) / 2;
+        const bool beyond = first_tile[middle] > t;
+        last = beyond ? middle : last;
+        expert = beyond ? expert : middle;
+      }
+      const uint end = expert + 1 < experts ? first_place[expert + 1] : routed_rows;
+      first_row = first_place[expert] + (t - first_tile[expert]) * args.row_tile;
+      rows = min(args.row_tile, end - first_row);
+    } else if (t < used_tiles) {
+      const uint index = (t - routed_tiles) / shared_tiles;
+      const uint row = (t - routed_tiles) % shared_tiles * args.row_tile;
+      expert = experts + index;
+      first_row = routed_rows + index * args.tokens + row;
+      rows = min(args.row_tile, args.tokens - row);
+    }
     device RowTile& tile = tiles[t];
-    tile.expert = 0;
-    tile.first_row = 0;
-    tile.rows = 0;
+    tile.expert = expert;
+    tile.first_row = first_row;
+    tile.rows = rows;
     tile.reserved = 0;
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
 
   // 4. place
-  at.start(run_first + lane, top_k);
   for (uint a = run_first; a < run_last; a += SIMD_WIDTH) {
     const bool in_run = a + lane < run_last;
-    const uint expert = in_run ? routed_expert(ids, args, at) : NO_EXPERT;
-    const ulong same = lanes_of_expert(expert, experts);
+    uint expert = first_expert;
+    ulong same = first_same;
+    if (a != run_first) {
+      expert = in_run ? routed_expert(ids, args, at) : NO_EXPERT;
+      same = lanes_of_expert(expert, experts);
+    }
     const uint rank = uint(popcount(same & ((1ul << lane) - 1)));
     const uint first = expert != NO_EXPERT ? own[expert] : 0;
     simdgroup_barrier(mem_flags::mem_threadgroup); // every lane has read before one advances
@@ -187,26 +204,26 @@ void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)
     simdgroup_barrier(mem_flags::mem_threadgroup);
     if (in_run) {
       const uint assignment = at.token * slots + at.slot;
-      const uint place = expert != NO_EXPERT ? first + rank : GROUP_NONE;
-      inverse[assignment] = place;
-      if (place != GROUP_NONE)
-        sorted_rows[place] = assignment;
+      const uint own_place = expert != NO_EXPERT ? first + rank : GROUP_NONE;
+      inverse[assignment] = own_place;
+      if (own_place != GROUP_NONE)
+        sorted_rows[own_place] = assignment;
     }
     at.next(top_k);
   }
 
   // Shared experts, and the places that dropped assignments left over.
-  for (uint i = thread_index; i <= args.shared; i += THREADS)
+  for (uint i = thread_index; i <= args.shared; i += threads)
     offsets[experts + i] = routed_rows + i * args.tokens;
   for (uint i = 0; i < args.shared; ++i) {
-    for (uint token = thread_index; token < args.tokens; token += THREADS) {
+    for (uint token = thread_index; token < args.tokens; token += threads) {
       const uint assignment = token * slots + args.top_k + i;
       const uint place = routed_rows + i * args.tokens + token;
       sorted_rows[place] = assignment;
       inverse[assignment] = place;
     }
   }
-  for (uint p = routed_rows + args.shared * args.tokens + thread_index; p < args.tokens * slots; p += THREADS)
+  for (uint p = routed_rows + args.shared * args.tokens + thread_index; p < args.tokens * slots; p += threads)
     sorted_rows[p] = GROUP_NONE;
 }
 

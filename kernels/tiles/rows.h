@@ -18,21 +18,15 @@ struct alignas(16) Vector16 {
   T element[COUNT];
 };
 
-/// N consecutive elements as fp32. VECTORIZED: `from` is a multiple of 16 bytes, and loads are 16 bytes wide.
-template <uint N, bool VECTORIZED, typename T>
-inline void load_elements(device const T* from, thread float (&to)[N]) {
-  if (VECTORIZED) {
-    constexpr uint COUNT = Vector16<T>::COUNT;
-    UNROLL
-    for (uint i = 0; i < N; i += COUNT) {
-      const Vector16<T> v = *reinterpret_cast<device const Vector16<T>*>(from + i);
-      UNROLL
-      for (uint j = 0; j < COUNT; ++j)
-        to[i + j] = float(v.element[j]);
-    }
-  } else {
-    UNROLL
-    for (uint i = 0; i < N; ++i)
-      to[i] = float(from[i]);
-  }
+/// 16 bytes of memory.
+inline void load_vector(device const Vector16<uint>* from, thread Vector16<uint>& to) { to = *from; }
+
+/// 16 bytes of what is read once, like the weights of a tile: an engine may keep them from displacing in its nearest
+/// cache what is read again.
+inline void load_vector_once(device const Vector16<uint>* from, thread Vector16<uint>& to) {
+#ifdef METAL_SIM_CUDA
+  metal_sim::cuda_load_once(from, &to);
+#else
+  to = *from;
+#endif
 }

@@ -22,6 +22,8 @@ using uint = uint32_t;
 constexpr uint simdgroups(uint wanted, uint simd_width) { return simd_width == 1 ? 1 : wanted; }
 
 #ifdef __METAL_VERSION__
+inline uint divide_up(uint a, uint b) { return (a + b - 1) / b; }
+
 // A loop whose count is a constant and whose body indexes registers.
 #if defined(METAL_SIM_CUDA)
 #define UNROLL _Pragma("unroll")

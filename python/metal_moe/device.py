@@ -27,7 +27,8 @@ def select_moe_kernel(
     up_bits: int | None = None,
     down_bits: int | None = None,
 ) -> tuple[str, int]:
-    """The kernel family for a batch on an Apple GPU, and how many output columns one of its threadgroups computes.
+    """The kernel family for a batch on an Apple GPU, and how many output columns a tile of it has: one threadgroup
+    computes a tile, or several share it (moe_decode, moe_prefill4).
 
     Another device may change families at other batch sizes; `last_dispatch()` says which one ran.
 
@@ -94,7 +95,7 @@ def last_dispatch() -> dict:
     Returns:
         operation ("fused_moe", ...), engine, family (of the expert kernels, as `select_moe_kernel` names it; "" where
         none ran), kernels (names in order), dispatches, commits (of command buffers), row_tile (rows of one expert per
-        threadgroup), tile_n (columns per threadgroup) and vectorized (whether rows were aligned for vector loads).
+        threadgroup), tile_n (columns of a tile, see `select_moe_kernel`) and vectorized (whether rows were aligned for vector loads).
     """
     return _core.last_dispatch()
 

@@ -1,0 +1,19 @@
+// Loads of NVIDIA GPUs that Metal has no word for. Called by the kernels' tiles/rows.h.
+#pragma once
+#include "scalar.h"
+
+namespace metal_sim {
+
+/// 16 bytes that a kernel reads once and nobody writes meanwhile: past the L1 cache, where they would only displace
+/// what is read again, and in whole cache lines of memory.
+template <typename V>
+METAL_FUNC void cuda_load_once(const void* from, V* to) {
+  static_assert(sizeof(V) == sizeof(uint4));
+  uint4 words;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from));
+  *to = __builtin_bit_cast(V, words);
+}
+
+} // namespace metal_sim
