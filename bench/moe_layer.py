@@ -25,7 +25,7 @@ import torch
 from metal_moe import baselines, layers, reference
 from metal_moe.cli.demo import TOLERANCES
 from metal_moe.cli.text import DTYPES, Progress, milliseconds, table
-from metal_moe.memory_bandwidth import read_bandwidth
+from metal_moe.memory_bandwidth import memory_bandwidth
 from metal_moe.timing import median_seconds, synchronize
 from torch import Tensor
 
@@ -207,7 +207,7 @@ def main() -> int:
     results = []
     with Progress() as progress:
         progress("measuring memory bandwidth and matmul rate")
-        floors = read_bandwidth(device=options.device), matmul_rate(dtype, options.device)
+        floors = memory_bandwidth(options.device)[1], matmul_rate(dtype, options.device)
         for model in options.model:
             progress(f"{model}: drawing weights")
             layer = layers.make_layer(replace(MODELS[model], shared_experts=0), dtype, options.device)
