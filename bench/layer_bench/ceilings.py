@@ -1,0 +1,50 @@
+"""What the device can do at best, measured in the same run: the two ceilings that floors are made of."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from metal_moe.memory_bandwidth import memory_bandwidth
+from metal_moe.timing import synchronize
+
+# M, N, K of a matrix product that arithmetic bounds. A GPU needs more of it to fill all its cores.
+MATMUL = 2048, 4096, 4096
+DEVICE_MATMUL = 8192, 8192, 8192
+MATMUL_PASSES = 10
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    bandwidth: float
+    """Bytes per second."""
+    bandwidth_of: str
+    """What was measured: "reads" or "copies" (bytes read and written)."""
+    matmul: float
+    """Floating-point operations per second."""
+
+    def floor_seconds(self, moved: float, operations: float) -> float:
+        """The least time for so many bytes and operations: both at once, the slower of them."""
+        return max(moved / self.bandwidth, operations / self.matmul)
+
+
+def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
+    bandwidth_of, bandwidth = memory_bandwidth(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the copy's gigabytes
+    return Ceilings(bandwidth, bandwidth_of, matmul_rate(dtype, device))
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second of PyTorch's matrix product of large matrices: the best of some passes."""
+    m, n, k = MATMUL if device.type == "cpu" else DEVICE_MATMUL
+    a = torch.randn(m, k, device=device).to(dtype)
+    b = torch.randn(n, k, device=device).to(dtype)
+    best = 0.0
+    for warm_up in (True, True, *[False] * MATMUL_PASSES):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b.T
+        synchronize(device)
+        if not warm_up:
+            best = max(best, 2 * m * n * k / (time.perf_counter() - start))
+    return best
