@@ -269,7 +269,10 @@ def test_kernels(quick, capsys, tmp_path, device):
 def test_kernel_table(result):
     entry = {"model": "m", "tokens": 1, "kernel": "some_kernel", "stage": "other", "launches": 1.0, "seconds": 1e-3}
     entry |= {"share": 1.0, "bytes": None, "bandwidth_fraction": None, "operations_per_second": 0.0}
-    assert "some_kernel" in report.render({**result, "kernels": [entry]})
+    twice = [entry, {**entry, "stage": "route"}]
+    text = report.kernels({**result, "kernels": twice})
+    assert "some_kernel" in text
+    assert text.splitlines()[-1].split()[2:4] == ["all", "2.00"] and text.endswith("without route 1.00")
 
 
 def test_commit(monkeypatch):

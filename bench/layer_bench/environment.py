@@ -46,7 +46,7 @@ def versions(device: torch.device) -> dict:
         "metal_moe": metal_moe.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
     }
     if device.type == "cuda":
         found |= {

@@ -95,11 +95,12 @@ def peers(result: dict) -> str:
 
 
 def kernels(result: dict) -> str:
-    """The kernels of each layer, and what they leave of the graph's time (which has no routing in it)."""
+    """The kernels of each layer, and below them their sum beside the time in a graph: what lies between is gaps."""
     unit, per_second = time_unit(result)
     headings = ["model", "tokens", "stage", unit, "share", "MB", "GB/s", "of copies", "TFLOP/s", "launches", "kernel"]
     rows = []
-    for one in result["kernels"]:
+    graphs = {(row["model"], row["tokens"]): row["seconds"].get(OURS_GRAPH) for row in result["results"]}
+    for place, one in enumerate(result["kernels"]):
         known = one["bytes"] is not None
         rate = one["operations_per_second"]
         rows.append(
@@ -117,6 +118,17 @@ def kernels(result: dict) -> str:
                 one["kernel"],
             ]
         )
+        layer = one["model"], one["tokens"]
+        after = result["kernels"][place + 1] if place + 1 < len(result["kernels"]) else None
+        if after is None or layer != (after["model"], after["tokens"]):
+            parts = [part for part in result["kernels"] if layer == (part["model"], part["tokens"])]
+            experts = sum(part["seconds"] for part in parts if part["stage"] != "route")
+            graph = graphs.get(layer)
+            beside = f"without route {significant(experts * per_second)}" + (
+                f", in a graph {significant(graph * per_second)}" if graph else ""
+            )
+            total = significant(sum(part["seconds"] for part in parts) * per_second)
+            rows.append([*layer, "all", total, "100%", "-", "-", "-", "-", "", beside])
     return table(headings, rows)
 
 
