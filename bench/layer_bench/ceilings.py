@@ -1,16 +1,17 @@
 """What the device can do at best, measured in the same run: the two ceilings that floors are made of."""
 
-import time
 from dataclasses import dataclass
 
 import torch
 from metal_moe.memory_bandwidth import memory_bandwidth
-from metal_moe.timing import synchronize
+from metal_moe.timing import median_seconds
 
 # M, N, K of a matrix product that arithmetic bounds. A GPU needs more of it to fill all its cores.
 MATMUL = 2048, 4096, 4096
 DEVICE_MATMUL = 8192, 8192, 8192
 MATMUL_PASSES = 10
+# In a row, beside which launching and waiting vanish.
+MATMULS = 4
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,17 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of PyTorch's matrix product of large matrices: the best of some passes."""
+    """Operations per second of PyTorch's matrix product of large matrices: the median of some passes.
+
+    Not the best of them: that would be a clock rate that lasts for one product, not for a layer.
+    """
     m, n, k = MATMUL if device.type == "cpu" else DEVICE_MATMUL
     a = torch.randn(m, k, device=device).to(dtype)
     b = torch.randn(n, k, device=device).to(dtype)
-    best = 0.0
-    for warm_up in (True, True, *[False] * MATMUL_PASSES):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b.T
-        synchronize(device)
-        if not warm_up:
-            best = max(best, 2 * m * n * k / (time.perf_counter() - start))
-    return best
+
+    def multiply() -> None:
+        for _ in range(MATMULS):
+            a @ b.T
+
+    seconds = median_seconds(multiply, device, at_least=MATMUL_PASSES, at_most=MATMUL_PASSES)
+    return MATMULS * 2 * m * n * k / seconds

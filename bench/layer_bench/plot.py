@@ -77,7 +77,7 @@ def _roofline(axes, result: dict, models: list[str]) -> None:
     middle = (left * ridge) ** 0.5
     for text, place, align, offset in (
         (f"memory {ceilings['bandwidth_of']}, {ceilings['bandwidth'] / 1e9:.0f} GB/s", middle, "right", (-6, 4)),
-        (f"matmul, {matmul:.3g} TFLOP/s", (ridge * right) ** 0.5, "center", (0, 5)),
+        (f"matmul, {matmul:.3g} TFLOP/s", right, "right", (-4, 5)),
     ):
         axes.annotate(
             text, (place, min(bandwidth * place, matmul)), xytext=offset, textcoords="offset points", ha=align

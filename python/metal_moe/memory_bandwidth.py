@@ -5,10 +5,13 @@ import time
 import numpy as np
 import torch
 
+from .timing import median_seconds
+
 # Far beyond any last-level cache, so that every pass reads memory.
 BUFFER_BYTES = 512 << 20
-# Of a GPU: milliseconds per pass, beside which the microseconds of a launch vanish.
+# Of a GPU, and copies in a row: milliseconds, beside which the microseconds of launching and waiting vanish.
 DEVICE_BUFFER_BYTES = 4 << 30
+DEVICE_COPIES = 4
 
 
 def memory_bandwidth(device: torch.device | str = "cpu", passes: int = 7) -> tuple[str, float]:
@@ -42,19 +45,16 @@ def read_bandwidth(passes: int = 7, buffer_bytes: int = BUFFER_BYTES) -> float:
 
 
 def copy_bandwidth(device: torch.device, passes: int = 7, buffer_bytes: int = DEVICE_BUFFER_BYTES) -> float:
-    """Bytes per second, read and written, of a large copy within the device's memory: the best of `passes` copies."""
+    """Bytes per second, read and written, of large copies within the device's memory: the median of `passes`."""
     if device.type == "cuda":
         # Two buffers in half of what is free.
         buffer_bytes = min(buffer_bytes, torch.cuda.mem_get_info(device)[0] // 4)
     source = torch.ones(buffer_bytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    moved = 2 * source.numel() * source.element_size()
-    best = 0.0
-    for warm_up in (True, *[False] * passes):
-        torch.accelerator.synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        torch.accelerator.synchronize(device)
-        if not warm_up:
-            best = max(best, moved / (time.perf_counter() - start))
-    return best
+
+    def copy() -> None:
+        for _ in range(DEVICE_COPIES):
+            target.copy_(source)
+
+    seconds = median_seconds(copy, device, at_least=passes, at_most=passes)
+    return DEVICE_COPIES * 2 * source.numel() * source.element_size() / seconds
