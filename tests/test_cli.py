@@ -17,7 +17,7 @@ SMALL = ["--scale", "0.0625"]
 def quick(monkeypatch):
     """One measurement is a test of the command, not of the machine."""
     monkeypatch.setattr(demo, "BUDGET", 0.001)
-    monkeypatch.setattr(demo, "read_bandwidth", lambda device: 10e9)
+    monkeypatch.setattr(demo, "memory_bandwidth", lambda device: ("reads", 10e9))
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:

@@ -20,16 +20,15 @@ def expert_loop(
     shared_w2: Tensor | None = None,
 ) -> Tensor:
     """A Python loop over the experts in use, as eager model code does; needs the counts on the host."""
-    order, tokens = _by_expert(topk_ids)
-    counts = torch.bincount(topk_ids.flatten(), minlength=w1.shape[0]).tolist()
+    order, tokens, offsets = _by_expert(topk_ids, w1.shape[0])
     rows = hidden_states[tokens]
     parts = []
     first = 0
-    for expert, count in enumerate(counts):
-        if count:
-            inner = reference.activate(rows[first : first + count] @ w1[expert].T)
+    for expert, end in enumerate(offsets.tolist()):
+        if end > first:
+            inner = reference.activate(rows[first:end] @ w1[expert].T)
             parts.append(inner @ w2[expert].T)
-            first += count
+            first = end
     if not parts:
         return torch.zeros_like(hidden_states)
     out = _combine(torch.cat(parts), order, topk_weights)
@@ -45,10 +44,8 @@ def grouped_matmul(
     shared_w1: Tensor | None = None,
     shared_w2: Tensor | None = None,
 ) -> Tensor:
-    """Two grouped matrix products of PyTorch over rows sorted by expert."""
-    order, tokens = _by_expert(topk_ids)
-    counts = torch.bincount(topk_ids.flatten(), minlength=w1.shape[0])
-    offsets = counts.cumsum(0).to(torch.int32)
+    """Two grouped matrix products of PyTorch over rows sorted by expert; no host reads, so CUDA graphs can hold it."""
+    order, tokens, offsets = _by_expert(topk_ids, w1.shape[0])
     inner = reference.activate(_grouped_mm(hidden_states[tokens], w1.transpose(1, 2), offs=offsets))
     out = _combine(_grouped_mm(inner, w2.transpose(1, 2), offs=offsets), order, topk_weights)
     return _add_shared(out, hidden_states, shared_w1, shared_w2)
@@ -99,10 +96,15 @@ def grouped_matmul_runs(device: str | torch.device, dtype: torch.dtype) -> bool:
 _grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
-def _by_expert(topk_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Assignments sorted by expert, and the token of each."""
-    order = topk_ids.flatten().argsort(stable=True)
-    return order, order // topk_ids.shape[1]
+def _by_expert(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Assignments sorted by expert, the token of each, and where each expert's end.
+
+    Without bincount, which reads its largest value back to the host on CUDA devices.
+    """
+    ids, order = topk_ids.flatten().sort(stable=True)
+    each = torch.arange(experts, device=ids.device, dtype=ids.dtype)
+    ends = torch.searchsorted(ids, each, right=True, out_int32=True)
+    return order, order // topk_ids.shape[1], ends
 
 
 def _combine(rows: Tensor, order: Tensor, topk_weights: Tensor) -> Tensor:

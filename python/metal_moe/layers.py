@@ -61,6 +61,26 @@ GLM_4_7_FLASH = LayerShape(
 )
 QWEN3_30B_A3B = LayerShape("Qwen3-30B-A3B", hidden=2048, intermediate=768, experts=128, top_k=8)
 MIXTRAL_8X7B = LayerShape("Mixtral-8x7B", hidden=4096, intermediate=14336, experts=8, top_k=2)
+# Without gpt-oss's biases and clamped activation, which neither move bytes nor count operations to speak of.
+GPT_OSS_20B = LayerShape(
+    "gpt-oss-20b", hidden=2880, intermediate=2880, experts=32, top_k=4, routing={"scoring": "topk_softmax"}
+)
+DEEPSEEK_V3 = LayerShape(
+    "DeepSeek-V3",
+    hidden=7168,
+    intermediate=2048,
+    experts=256,
+    top_k=8,
+    shared_experts=1,
+    correction_bias=True,
+    routing={
+        "scoring": "sigmoid",
+        "num_expert_group": 8,
+        "topk_group": 4,
+        "group_score": "top2_sum",
+        "routed_scaling_factor": 2.5,
+    },
+)
 
 
 @dataclass
@@ -83,9 +103,9 @@ class Layer:
 
     def hidden_states(self, tokens: int, seed: int = 0) -> Tensor:
         """[tokens, H] of unit variance, in the weights' dtype."""
-        generator = torch.Generator().manual_seed(seed)
-        values = torch.randn(tokens, self.shape.hidden, generator=generator)
-        return values.to(self.w1.device, self.dtype)
+        device = self.w1.device
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.randn(tokens, self.shape.hidden, generator=generator, device=device).to(self.dtype)
 
     def router_logits(self, hidden_states: Tensor) -> Tensor:
         """[T, E] float32."""
@@ -113,8 +133,8 @@ class Layer:
 def make_layer(shape: LayerShape, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Layer:
     """Random normal weights, scaled so that every matrix product keeps its input's variance.
 
-    Each expert has a seed of its own, so that experts differ and one layer of a seed is always the same; they are drawn
-    on all threads that PyTorch uses.
+    Each expert has a seed of its own, so that experts differ and one layer of a seed is always the same on one kind of
+    device. They are drawn on that device: on the CPU by all threads that PyTorch uses.
     """
     total = shape.experts + shape.shared_experts
     w1 = torch.empty(shape.experts, 2 * shape.intermediate, shape.hidden, dtype=dtype, device=device)
@@ -129,7 +149,7 @@ def make_layer(shape: LayerShape, dtype: torch.dtype, device: str | torch.device
         for weights in (w1, w2) if of_routed else (shared_w1, shared_w2):
             weights[index].normal_(0.0, weights.shape[2] ** -0.5, generator=generator)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads() if w1.is_cpu else 1) as pool:
         list(pool.map(draw, range(total)))
     generator = torch.Generator().manual_seed(seed)
     router = torch.randn(shape.experts, shape.hidden, generator=generator) * shape.hidden**-0.5

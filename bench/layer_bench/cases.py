@@ -1,0 +1,67 @@
+"""The models, and a layer's inputs in turn."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import metal_moe
+import torch
+from metal_moe import layers
+from torch import Tensor
+
+MODELS = {
+    "mixtral": layers.MIXTRAL_8X7B,
+    "qwen3": layers.QWEN3_30B_A3B,
+    "glm": layers.GLM_4_7_FLASH,
+    "gptoss": layers.GPT_OSS_20B,
+    "deepseek": layers.DEEPSEEK_V3,
+}
+# Distinct inputs in turn: they choose different experts, whose weights then come from memory, not from the last call's
+# cache (as far as the experts of all of them exceed it).
+INPUTS = 8
+
+Call = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""hidden_states, w1, w2, topk_weights, topk_ids"""
+
+
+@dataclass
+class Case:
+    """One layer at one number of tokens."""
+
+    layer: layers.Layer
+    tokens: int
+    calls: list[Call]
+    logits: list[Tensor]
+    """The router logits that the routes of `calls` come from."""
+
+    @property
+    def shape(self) -> layers.LayerShape:
+        return self.layer.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.w1.device
+
+    def mean(self, quantity: Callable[[Tensor], float]) -> float:
+        """Mean over the inputs of a function of their expert ids."""
+        return sum(quantity(ids) for *_, ids in self.calls) / len(self.calls)
+
+    def experts_hit(self) -> float:
+        """Experts in use, the mean over the inputs."""
+        return self.mean(lambda ids: ids.unique().numel())
+
+
+def make_layer(model: str, scale: float, dtype: torch.dtype, device: torch.device) -> layers.Layer:
+    """The routed experts of a model, without the shared ones, H and I times `scale`."""
+    shape = replace(MODELS[model], shared_experts=0)
+    return layers.make_layer(shape if scale == 1 else shape.scaled(scale), dtype, device)
+
+
+def make_case(layer: layers.Layer, tokens: int) -> Case:
+    case = Case(layer, tokens, [], [])
+    for seed in range(INPUTS):
+        x = layer.hidden_states(tokens, seed)
+        logits = layer.router_logits(x)
+        weights, ids = metal_moe.fused_topk(logits, layer.shape.top_k, **layer.routing())
+        case.calls.append((x, layer.w1, layer.w2, weights, ids))
+        case.logits.append(logits)
+    return case
