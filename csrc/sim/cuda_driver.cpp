@@ -39,7 +39,7 @@ CudaDriver load() {
   find(driver.module_function, "cuModuleGetFunction");
   find(driver.function_attribute, "cuFuncGetAttribute");
   find(driver.set_function_attribute, "cuFuncSetAttribute");
-  find(driver.launch, "cuLaunchKernel");
+  find(driver.launch, "cuLaunchKernelEx");
   find(driver.synchronize_stream, "cuStreamSynchronize");
   find(driver.allocate, "cuMemAlloc_v2");
   find(driver.free, "cuMemFree_v2");

@@ -14,12 +14,31 @@ using CudaFunction = void*;
 using CudaStream = void*; // null: the default stream
 using CudaAddress = unsigned long long;
 
-constexpr int CUDA_COMPUTE_CAPABILITY_MAJOR = 75; // CUdevice_attribute
+constexpr int CUDA_MULTIPROCESSORS = 16; // CUdevice_attribute
+constexpr int CUDA_COMPUTE_CAPABILITY_MAJOR = 75;
 constexpr int CUDA_COMPUTE_CAPABILITY_MINOR = 76;
 constexpr int CUDA_FUNCTION_MAX_THREADS = 0; // CUfunction_attribute
 constexpr int CUDA_FUNCTION_MAX_DYNAMIC_SHARED_BYTES = 8;
 constexpr int CUDA_FUNCTION_SHARED_CARVEOUT = 9; // percent of the memory that shared memory and L1 cache divide
-constexpr int CUDA_CAPTURE_RELAXED = 2; // CUstreamCaptureMode
+constexpr int CUDA_CAPTURE_RELAXED = 2;          // CUstreamCaptureMode
+
+/// CUlaunchAttribute: a number and a union of 64 bytes.
+struct CudaLaunchAttribute {
+  alignas(8) int id;
+  alignas(8) int value;
+  char rest[60];
+};
+constexpr int CUDA_LAUNCH_PROGRAMMATIC_SERIALIZATION = 6; // CUlaunchAttributeID
+
+/// CUlaunchConfig.
+struct CudaLaunch {
+  unsigned grid[3];
+  unsigned block[3];
+  unsigned shared_bytes;
+  CudaStream stream;
+  CudaLaunchAttribute* attributes;
+  unsigned attribute_count;
+};
 
 struct CudaDriver {
   CudaResult (*init)(unsigned flags);
@@ -37,9 +56,7 @@ struct CudaDriver {
   CudaResult (*module_function)(CudaFunction* function, CudaModule module, const char* name);
   CudaResult (*function_attribute)(int* value, int attribute, CudaFunction function);
   CudaResult (*set_function_attribute)(CudaFunction function, int attribute, int value);
-  CudaResult (*launch)(CudaFunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                       unsigned block_y, unsigned block_z, unsigned shared_bytes, CudaStream stream, void** parameters,
-                       void** extra);
+  CudaResult (*launch)(const CudaLaunch* launch, CudaFunction function, void** parameters, void** extra);
   CudaResult (*synchronize_stream)(CudaStream stream);
   CudaResult (*allocate)(CudaAddress* address, size_t bytes);
   CudaResult (*free)(CudaAddress address);

@@ -26,6 +26,7 @@ constexpr uint32_t SHARED_ALIGNMENT = 16;
 struct LaunchGrid {
   Size3 first; // of the launch
   Size3 grid;  // of the dispatch
+  uint32_t lets_next_start;
 };
 
 /// Calls that CUDA would refuse while some stream of the program is captured (loading code) and that no graph needs.
@@ -50,6 +51,7 @@ public:
     check_cuda(driver.device(&device, ordinal), "CUDA device");
     check_cuda(driver.device_attribute(&major, CUDA_COMPUTE_CAPABILITY_MAJOR, device), "compute capability");
     check_cuda(driver.device_attribute(&minor, CUDA_COMPUTE_CAPABILITY_MINOR, device), "compute capability");
+    check_cuda(driver.device_attribute(&multiprocessors_, CUDA_MULTIPROCESSORS, device), "multiprocessors");
     architecture_ = major * 10 + minor;
     if (major < MIN_CUDA_MAJOR)
       throw std::runtime_error("CUDA device " + std::to_string(ordinal) + " has compute capability " +
@@ -127,15 +129,23 @@ public:
                std::to_string(dispatch.buffer_bytes[argument.index]);
       parameters[i] = addresses[i];
     }
-    LaunchGrid place{{0, 0, 0}, dispatch.grid};
+    // The threadgroups of a dispatch may take their places before the one in front of it has ended; each waits for the
+    // end (cuda_entry.h). A dispatch lets the next one do so if it leaves multiprocessors free: beside a larger one
+    // they would crowd where it ends first.
+    CudaLaunchAttribute early_start{CUDA_LAUNCH_PROGRAMMATIC_SERIALIZATION, architecture_ >= 90, {}};
+    LaunchGrid place{{0, 0, 0}, dispatch.grid, volume(dispatch.grid) <= uint64_t(multiprocessors_)};
     parameters[kernel.argument_count] = &place;
     const CurrentCudaContext current(context_);
     for (place.first.z = 0; place.first.z < dispatch.grid.z; place.first.z += MAX_GRID_YZ)
       for (place.first.y = 0; place.first.y < dispatch.grid.y; place.first.y += MAX_GRID_YZ) {
-        const CudaResult result = cuda_driver().launch(
-            kernel.function, dispatch.grid.x, std::min(dispatch.grid.y - place.first.y, MAX_GRID_YZ),
-            std::min(dispatch.grid.z - place.first.z, MAX_GRID_YZ), dispatch.group.x, dispatch.group.y,
-            dispatch.group.z, shared, stream, parameters, nullptr);
+        const CudaLaunch config{{dispatch.grid.x, std::min(dispatch.grid.y - place.first.y, MAX_GRID_YZ),
+                                 std::min(dispatch.grid.z - place.first.z, MAX_GRID_YZ)},
+                                {dispatch.group.x, dispatch.group.y, dispatch.group.z},
+                                shared,
+                                stream,
+                                &early_start,
+                                1};
+        const CudaResult result = cuda_driver().launch(&config, kernel.function, parameters, nullptr);
         // An error of earlier work on the device shows here as well: CUDA reports it to whoever calls next.
         if (result)
           return std::string("kernel '") + kernel.name + "' cannot be launched: " + describe_cuda(result);
@@ -220,6 +230,7 @@ private:
   CudaContext context_ = nullptr;
   std::string device_name_;
   int architecture_ = 0;
+  int multiprocessors_ = 0;
   size_t memory_ = 0;
   std::mutex mutex_; // of the libraries, and of compiling their kernels
   std::map<std::string, std::unique_ptr<CudaLibrary>> libraries_;

@@ -87,6 +87,7 @@ using Parameters{number} = metal_sim::Parameters<decltype(&{instance.function})>
 extern "C" __global__ void __launch_bounds__({instance.kernel.max_threads}) {name}(
     {separator.join(parameters)}) {{
   using P [[maybe_unused]] = Parameters{number};
+  metal_sim::wait_for_previous_kernel(launch);
   [[maybe_unused]] const metal_sim::ThreadContext context = metal_sim::cuda_context(launch);
   {instance.function}({separator.join(call)});
 }}
