@@ -41,22 +41,14 @@ class SafetensorsFile:
     def __init__(self, path: Path, file: safe_open) -> None:
         self.path = path
         self._file = file
+        self.tensors = frozenset(file.keys())
 
     def names(self) -> list[str]:
         return list(self._file.keys())
 
-    def metadata(self) -> dict[str, str]:
-        return self._file.metadata() or {}
-
     def get(self, name: str) -> Tensor:
         with _named(self.path):
             return self._file.get_tensor(name)
-
-    def header(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Type as the file names it ("BF16") and shape, without reading the tensor."""
-        with _named(self.path):
-            view = self._file.get_slice(name)
-            return view.get_dtype(), tuple(view.get_shape())
 
 
 @contextmanager
