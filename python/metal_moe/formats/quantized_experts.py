@@ -188,7 +188,8 @@ class QuantizedExperts:
             hessian: trellis: float [columns, columns] or [E, columns, columns], the sum of x x^T over calibration
                 inputs x, with which errors are spread so that outputs suffer least. A mapping for gate and up apart.
             options: of the format: affine `scale_dtype` (default: that of `w`); trellis `codebook`
-                ("mul1", "mcg" or "3inst"), `seed` of the random signs.
+                ("mul1", "mcg" or "3inst"), `seed` of the random signs, `walks`, another search than
+                `viterbi.nearest_walks`.
         """
         op = "QuantizedExperts.quantize"
         known = format_named(format)
@@ -213,6 +214,8 @@ class QuantizedExperts:
             ]
             for one in dict.fromkeys(settings):
                 _check(op, one, rows, columns)
+            if metric is not None:
+                _check_hessian(op, metric, experts, columns)
             stacks = []
             for one in dict.fromkeys(settings):
                 members = [expert for expert in range(experts) if settings[expert] == one]
@@ -388,6 +391,13 @@ def _check(op: str, settings: Settings, rows: int, columns: int) -> None:
         format_named(settings.format).check(settings, rows, columns)
     except ValueError as error:
         raise ValueError(f"{op}: {error}") from None
+
+
+def _check_hessian(op: str, hessian: Tensor, experts: int, columns: int) -> None:
+    if not isinstance(hessian, Tensor) or tuple(hessian.shape) not in ((columns, columns), (experts, columns, columns)):
+        was = f"has shape {tuple(hessian.shape)}" if isinstance(hessian, Tensor) else f"is a {type(hessian).__name__}"
+        size = f"{columns}, {columns}"
+        raise ValueError(f"{op}: hessian {was}; it must be [{size}] or [{experts}, {size}]")
 
 
 def _pairs(op: str, weight: object, *others: object) -> dict[str, list]:

@@ -40,7 +40,7 @@ class Trellis(Format):
     NAME = "trellis"
     NUMBER = 5
     SETTINGS_OPTIONS = ("codebook",)
-    ENCODE_OPTIONS = ("hessian", "seed")
+    ENCODE_OPTIONS = ("hessian", "seed", "walks")
 
     def settings(
         self, bits: float | None, group_size: int | None, dtype: torch.dtype | None = None, *, codebook: str = "mul1"
