@@ -1,6 +1,7 @@
 """Quantised experts in files of their own: saved, mapped back, and refused where a file is not what it says."""
 
 import json
+import random
 import struct
 from pathlib import Path
 
@@ -213,3 +214,30 @@ def test_unknown_types_are_not_written(tmp_path):
     with pytest.raises(TypeError, match="x is torch.complex64"):
         save_safetensors(tmp_path / "x.safetensors", {"x": torch.zeros(2, dtype=torch.complex64)}, {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["affine", "trellis", "mixed"])
+def test_files_with_random_bytes(kind, tmp_path):
+    """Whatever a few bytes of the header or of a table say, the file is refused or decodes without a fault."""
+    path = tmp_path / "experts.safetensors"
+    experts = examples()[kind]
+    experts.save(path)
+    whole = path.read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    starts = [header + json.loads(whole[8:header])[f"{name}.table"]["data_offsets"][0] for name in experts.parts]
+    tables = [byte for start in starts for byte in range(start, start + 64 * experts.num_experts)]
+    rng = random.Random(0)
+    refused = 0
+    for attempt in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(8, header) if attempt % 3 == 0 else rng.choice(tables)] = rng.randrange(256)
+        # A new file each time: PyTorch may still have the last one mapped.
+        path = tmp_path / f"{attempt}.safetensors"
+        path.write_bytes(data)
+        try:
+            QuantizedExperts.load(path).dequantize()
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert 50 < refused < 150

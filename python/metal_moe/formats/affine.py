@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .bits import pack, unpack
-from .layout import SCALE_DTYPES, Extent, Format, Settings, Stack, as_bytes
+from .layout import SCALE_DTYPES, Extent, Format, Settings, Stack, as_bytes, as_type
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -77,6 +77,6 @@ class Affine(Format):
         settings = stack.settings
         scale_dtype = SCALE_DTYPES[settings.scale_type]
         codes = unpack(stack.codes, settings.bits).to(dtype).view(*stack.codes.shape[:2], -1, settings.group_size)
-        scales = stack.scales.contiguous().view(scale_dtype).to(dtype)[..., None]
-        biases = stack.biases.contiguous().view(scale_dtype).to(dtype)[..., None]
+        scales = as_type(stack.scales, scale_dtype).to(dtype)[..., None]
+        biases = as_type(stack.biases, scale_dtype).to(dtype)[..., None]
         return codes.mul_(scales).add_(biases).view(*stack.codes.shape[:2], stack.columns)

@@ -188,6 +188,14 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8)
 
 
+def as_type(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `as_bytes`; copies bytes with gaps and those that begin at no multiple of the type's size."""
+    data = data.contiguous()
+    if data.storage_offset() % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype)
+
+
 def matrix_bytes(settings: Settings, rows: int, columns: int) -> int:
     """Bytes of one matrix, its scales and biases."""
     extents = format_named(settings.format).extents(settings, rows, columns)

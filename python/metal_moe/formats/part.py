@@ -178,7 +178,7 @@ def _check_records(part: Part, what: str) -> None:
                 raise ValueError(
                     f"{where}: rows of {name} are {stride} bytes apart; it must be {extent.row_bytes} or more"
                 )
-            if begin % unit or (extent.rows > 1 and stride % unit):
+            if begin % unit or stride % unit:
                 raise ValueError(
                     f"{where}: {name} begins at byte {begin}, stride {stride}; both must be multiples of {unit}"
                 )

@@ -370,7 +370,7 @@ class QuantizedExperts:
             state = {name: file.get(name) for name in file.names() if name.startswith(prefix)}
         try:
             return cls.from_state_dict(state, prefix)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from None
 
     def __repr__(self) -> str:

@@ -254,7 +254,7 @@ class _Layer:
             state = {t: checkpoint.get(name) for t, name in self.names.get((None, target), {}).items()}
             try:
                 made[target] = QuantizedExperts.from_state_dict(state)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.block}experts.{target}: {error}") from None
         return made
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import checks
 from .codebooks import table_on
 from .hadamard import BLOCK, hadamard
-from .layout import CODEBOOKS, Extent, Format, Settings, Stack, as_bytes, round_up
+from .layout import CODEBOOKS, Extent, Format, Settings, Stack, as_bytes, as_type, round_up
 
 TILE = 16
 WEIGHTS = TILE * TILE
@@ -88,9 +88,9 @@ class Trellis(Format):
     def decode(self, stack: Stack, dtype: torch.dtype) -> Tensor:
         settings = stack.settings
         n, tile_columns = stack.codes.shape[:2]
-        words = stack.codes.reshape(n, tile_columns, -1, tile_bytes(settings.bits)).view(torch.int32)
-        suh = stack.scales.contiguous().view(torch.float16).view(n, 1, -1).to(dtype)
-        svh = stack.biases.contiguous().view(torch.float16).view(n, -1, 1).to(dtype)
+        words = as_type(stack.codes, torch.int32).view(n, tile_columns, -1, tile_bytes(settings.bits) // 4)
+        suh = as_type(stack.scales, torch.float16).view(n, 1, -1).to(dtype)
+        svh = as_type(stack.biases, torch.float16).view(n, -1, 1).to(dtype)
         # [n, rows, columns]: the transform of inputs first, as the order of roundings has it.
         weights = hadamard(decode_tiles(words, settings.bits, settings.codebook, dtype)) * suh
         weights = hadamard(weights, 1) * svh
