@@ -105,26 +105,25 @@ def test_padding_and_zeros():
     weights = matrices(2, 100, 120)
     weights[0, 7] = 0
     weights[0, :, 9] = 0
-    experts = QuantizedExperts.quantize(weights, format="trellis", bits=2)
+    weights[1] = 0
+    experts = QuantizedExperts.quantize(weights, format="trellis", bits=5)
     assert experts.shape == (2, 100, 120)
     dense = experts.dequantize()
-    assert not dense[0, 7].any() and not dense[0, :, 9].any()
-    assert relative_mse(dense, weights) < 1.1 * TABLE["mul1"][1]
-    zeros = QuantizedExperts.quantize(torch.zeros(1, 16, 16), format="trellis", bits=1)
-    assert not zeros.dequantize().any()
+    assert not dense[0, 7].any() and not dense[0, :, 9].any() and not dense[1].any()
+    assert relative_mse(dense, weights) < 1.1 * TABLE["mul1"][4]
 
 
 def test_bits_by_projection_and_by_expert():
-    """Gate 6, up 2, but expert 1's up in 1."""
+    """Gate 8, up 7, but expert 1's up in 5."""
     weights = matrices(2, 32, 32)
-    experts = QuantizedExperts.quantize(weights, format="trellis", bits={"gate": 6, "up": [2, 1]})
-    assert [[s.bits for s in part.settings] for part in experts.gate_up()] == [[6, 6], [2, 1]]
+    experts = QuantizedExperts.quantize(weights, format="trellis", bits={"gate": 8, "up": [7, 5]})
+    assert [[s.bits for s in part.settings] for part in experts.gate_up()] == [[8, 8], [7, 5]]
     errors = [
         relative_mse(experts.dequantize()[e, half], weights[e, half])
         for e in (0, 1)
         for half in (slice(16), slice(16, 32))
     ]
-    assert errors[0] < errors[1] < errors[3] and errors[2] < 0.01
+    assert errors[0] < errors[1] < errors[3] and errors[2] < errors[1]
 
 
 def test_a_hessian_moves_errors_to_where_inputs_are_small():
@@ -137,11 +136,11 @@ def test_a_hessian_moves_errors_to_where_inputs_are_small():
     def output_error(experts: QuantizedExperts) -> float:
         return relative_mse(inputs @ experts.dequantize()[0].T, inputs @ weights[0].T)
 
-    plain = QuantizedExperts.quantize(weights, format="trellis", bits=3)
-    calibrated = QuantizedExperts.quantize(weights, format="trellis", bits=3, hessian=hessian)
+    plain = QuantizedExperts.quantize(weights, format="trellis", bits=5)
+    calibrated = QuantizedExperts.quantize(weights, format="trellis", bits=5, hessian=hessian)
     assert output_error(calibrated) < 0.4 * output_error(plain)
     assert relative_mse(calibrated.dequantize(), weights) < 2 * relative_mse(plain.dequantize(), weights)
-    own = QuantizedExperts.quantize(weights, format="trellis", bits=3, hessian=hessian[None])
+    own = QuantizedExperts.quantize(weights, format="trellis", bits=5, hessian=hessian[None])
     assert torch.equal(own.dequantize(), calibrated.dequantize())
 
 
@@ -178,6 +177,6 @@ def test_another_search_can_take_over():
         return nearest_walks(values, bits, codebook)
 
     weights = matrices(1, 16, 16)
-    ours = QuantizedExperts.quantize(weights, format="trellis", bits=1, walks=walks)
-    assert seen == [((64, 256), torch.float32, 1, "mul1")]
-    assert torch.equal(ours.dequantize(), QuantizedExperts.quantize(weights, format="trellis", bits=1).dequantize())
+    ours = QuantizedExperts.quantize(weights, format="trellis", bits=8, walks=walks)
+    assert seen == [((64, 256), torch.float32, 8, "mul1")]
+    assert torch.equal(ours.dequantize(), QuantizedExperts.quantize(weights, format="trellis", bits=8).dequantize())
