@@ -4,6 +4,9 @@ import mlx.core as mx
 import numpy as np
 import torch
 
+# The reference is its CPU code, also where there is a GPU.
+mx.set_default_device(mx.cpu)
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
