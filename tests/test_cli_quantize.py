@@ -135,6 +135,7 @@ def test_gpt_oss_is_taken_apart(capsys, tmp_path):
     run_json(capsys, "quantize", tmp_path / "model.safetensors", "--output", tmp_path / "out", *arguments)
     before, after = ExpertReader(tmp_path / "model.safetensors").read(0), ExpertReader(tmp_path / "out").read(0)
     assert before.interleaved and not after.interleaved
+    assert {settings.scale_type for settings in after.w2.parts["weight"].settings} == {"bfloat16"}
     dense = before.w1.dequantize()
     expected = torch.cat([dense[:, 0::2], dense[:, 1::2]], 1)
     assert relative_mse(after.w1.dequantize(), expected) < 1e-4
@@ -149,6 +150,7 @@ WRONG = [
     (["--format", "affine", "--bits", "4", "--expert-bits", "3=8"], "--expert-bits names expert 3; the layer has 3"),
     (["--format", "affine", "--expert-bits", "1=8"], "--expert-bits is given without --bits"),
     (["--format", "affine", "--codebook", "mcg"], "--codebook is given; affine has none"),
+    (["--format", "mxfp4", "--scale-dtype", "fp16"], "--scale-dtype is given; mxfp4 has none"),
     (["--device", "mps"], "--device is mps; it must be cpu"),
     (["--calibration", "nowhere.safetensors"], "nowhere.safetensors: there is no such file"),
 ]

@@ -20,7 +20,7 @@ from ..formats.layout import CODEBOOKS, Format
 from ..formats.safetensors_file import save_safetensors
 from ..formats.viterbi import nearest_walks
 from .plot import log_chart
-from .text import Progress, gigabytes, table
+from .text import DTYPES, Progress, gigabytes, table
 
 NAME = "quantize"
 HELP = "quantise the experts of a checkpoint; errors by layer"
@@ -29,8 +29,8 @@ REPORT = "quantization_report.json"
 PROJECTIONS = ("gate", "up", "down")
 # Tiles between two looks at the progress: about a second on a CPU, and enough to fill a GPU.
 TILES = {"cpu": 64, "cuda": 1024}
-# Experts whose Hessians are held at a time.
-CALIBRATED_EXPERTS = 4
+# Of the Hessians of down that are held at a time, 128 MiB and a few temporaries of that size; at least one expert's.
+HESSIAN_ELEMENTS = 1 << 25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bits of one expert",
     )
     parser.add_argument("--group-size", type=int, help="affine: 32, 64 or 128 (default: 64)")
+    parser.add_argument(
+        "--scale-dtype", choices=DTYPES, help="affine: of scales (default: the checkpoint's; bf16 if that is quantised)"
+    )
     parser.add_argument("--codebook", choices=CODEBOOKS, help="trellis (default: mul1)")
     parser.add_argument("--layers", type=_layers, help='for instance "0,3-5" (default: all)')
     parser.add_argument(
@@ -70,8 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, progress: Progress) -> dict:
     if options.calibration and options.format != "trellis":
         raise ValueError(f"--calibration is given; {options.format} makes no use of it")
-    if options.codebook and options.format != "trellis":
-        raise ValueError(f"--codebook is given; {options.format} has none")
+    for given, name, of in ((options.codebook, "codebook", "trellis"), (options.scale_dtype, "scale-dtype", "affine")):
+        if given and options.format != of:
+            raise ValueError(f"--{name} is given; {options.format} has none")
     device = torch.device(options.device)
     if device.type not in TILES or (device.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device is {options.device}; it must be cpu, or cuda where there is one")
@@ -223,6 +227,9 @@ def _quantize_layer(
     inputs = None if calibration is None else _inputs(calibration, experts.block, dense["gate"].shape[2], device)
     activation = options.activation or ("swiglu_clamp" if experts.source == "gpt-oss" else "silu")
     trellis = options.format == "trellis"
+    scale_dtype = torch.bfloat16 if isinstance(experts.w1, QuantizedExperts) else experts.w1.dtype
+    if options.scale_dtype:
+        scale_dtype = DTYPES[options.scale_dtype]
 
     def units(of: Tensor) -> int:
         return of.shape[0] * (math.prod(128 * -(-size // 128) // 16 for size in of.shape[1:]) if trellis else 1)
@@ -232,7 +239,9 @@ def _quantize_layer(
     made: dict[str, QuantizedExperts] = {}
     errors: list[ProjectionErrors] = []
     for projection in PROJECTIONS:
-        step = count if inputs is None or projection != "down" else CALIBRATED_EXPERTS
+        step = count
+        if inputs is not None and projection == "down":
+            step = max(1, HESSIAN_ELEMENTS // dense["down"].shape[2] ** 2)
         pieces, found = [], []
         for begin in range(0, count, step):
             some = range(begin, min(count, begin + step))
@@ -248,6 +257,7 @@ def _quantize_layer(
                 group_size=options.group_size,
                 hessian=hessian,
                 **({"codebook": options.codebook} if options.codebook else {}),
+                **({"scale_dtype": scale_dtype} if options.format == "affine" else {}),
                 **({"seed": options.seed, "walks": _counted(bar, projection)} if trellis else {}),
             )
             if not trellis:
