@@ -95,6 +95,15 @@ def test_extreme_scales():
     assert QuantizedExperts.from_mxfp4(blocks, scales).dequantize()[0, 0].tolist() == got[0].tolist()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_of_extreme_size(mode):
+    """Too small for any scale: zero or nearly; nearly the largest of float32: as any other."""
+    for value, limit in ((1e-38, 1e-38), (1e-45, 1e-38), (2.5e38 if mode != "nvfp4" else 2600.0, None)):
+        weights = torch.full((1, 1, 32), value)
+        error = (QuantizedExperts.quantize(weights, format=mode).dequantize() - weights).abs().max()
+        assert error <= (0.15 * value if limit is None else limit)
+
+
 @pytest.mark.parametrize(
     ("blocks", "scales", "error", "message"),
     [

@@ -14,6 +14,7 @@ bytes.
 
 `encode` chooses what `mx.quantize` chooses: the block's largest magnitude over the largest element as scale (e8m0: the
 next power of two, so that nothing is cut off), then the nearest element; of two equally near e2m1 ones the smaller.
+Blocks too small for the smallest scale get that scale (there MLX's scale byte wraps around).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Part:
     """One projection of all experts: three flat uint8 buffers and a table. See the module's text."""
 
     def __init__(self, codes: Tensor, scales: Tensor, biases: Tensor, table: Tensor, what: str = "part") -> None:
-        self.codes, self.scales, self.biases, self.table = codes, scales, biases, table
+        self.codes, self.scales, self.biases = codes, scales, biases
         for name, buffer in self.buffers().items():
             if buffer.dtype != torch.uint8 or buffer.ndim != 1 or not buffer.is_contiguous():
                 raise ValueError(f"{what}.{name} is {buffer.dtype} {tuple(buffer.shape)}; it must be flat uint8")
@@ -39,7 +39,9 @@ class Part:
             raise ValueError(
                 f"{what}.table is {table.dtype} {tuple(table.shape)}; it must be int32 [E, {RECORD_WORDS}] with E >= 1"
             )
-        self.records = np.ascontiguousarray(table.cpu().contiguous().numpy()).view(RECORD)[:, 0]
+        # A copy: what was checked must not change with a file that is mapped, or under a caller's hands.
+        self.table = table.clone(memory_format=torch.contiguous_format)
+        self.records = self.table.cpu().numpy().view(RECORD)[:, 0]
         self.settings: list[Settings] = []
         _check_records(self, what)
         self.rows, self.columns = int(self.records[0]["rows"]), int(self.records[0]["columns"])

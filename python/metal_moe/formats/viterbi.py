@@ -52,9 +52,7 @@ def nearest_walks(values: Tensor, bits: float, codebook: str) -> Tensor:
         torch.set_num_threads(1)  # of PyTorch's own, within an operation: they would wait for one another at each
         try:
             with ThreadPoolExecutor(threads) as pool:
-                work = [
-                    pool.submit(_closed, some, steps, codebook, TILES_PER_STEP[kind]) for some in values.split(batch)
-                ]
+                work = [pool.submit(_closed, some, steps, codebook, tiles) for some in values.split(batch)]
                 found = [each.result() for each in work]
         finally:
             torch.set_num_threads(threads)
