@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import struct
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 from metal_moe.formats import QuantizedExperts
-from metal_moe.formats.layout import RECORD
+from metal_moe.formats.layout import RECORD, Format
 from test_formats_mxfp4 import gpt_oss
 from test_formats_trellis import exl3_linear
 
@@ -83,6 +84,17 @@ def test_aligned_copies_what_is_not():
     assert torch.equal(experts.aligned().dequantize(), experts.dequantize())
     again = experts.aligned().aligned()
     assert again.parts["weight"].scales.data_ptr() == experts.parts["weight"].scales.data_ptr()
+
+
+def test_records_are_what_the_documentation_says():
+    """docs/formats.md: byte, type, field. Kernels read a record as this struct."""
+    text = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (u32|u64) \| `?(\w*)`? +\|", text, re.MULTILINE)
+    documented = {name or "reserved": (int(byte), {"u64": "<u8", "u32": "<u4"}[kind]) for byte, kind, name in rows}
+    assert documented == {name: (offset, dtype.str) for name, (dtype, offset, *_) in RECORD.fields.items()}
+    assert RECORD.itemsize == 64
+    names = {known.NUMBER: name for name, known in Format.registry.items()}
+    assert names == {1: "affine", 2: "mxfp4", 3: "mxfp8", 4: "nvfp4", 5: "trellis"}
 
 
 def change(state: dict[str, torch.Tensor], field: str, value: int, expert: int = 1) -> dict[str, torch.Tensor]:
