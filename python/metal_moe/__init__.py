@@ -25,6 +25,7 @@ from .device import (  # noqa: E402 (the library's path comes first)
     set_num_threads,
 )
 from .experts import fused_experts, fused_moe, gather_experts  # noqa: E402
+from .formats import QuantizedExperts  # noqa: E402
 from .grouping import GroupedTokens, group_tokens  # noqa: E402
 from .routing import fused_topk  # noqa: E402
 
@@ -36,6 +37,7 @@ except _PackageNotFoundError:  # imported from a source tree that was never inst
 __all__ = [
     "SUPPORTED_DEVICES",
     "GroupedTokens",
+    "QuantizedExperts",
     "__version__",
     "device_info",
     "fused_experts",

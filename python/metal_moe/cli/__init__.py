@@ -1,4 +1,4 @@
-"""The command line: `metal-moe info`, `kernels`, `demo` and `repro`."""
+"""The command line: `metal-moe info`, `kernels`, `demo`, `repro` and `quantize`."""
 
 import argparse
 import json
@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, info, kernels, repro
+from . import demo, info, kernels, quantize, repro
 from .text import Progress
 
-_COMMANDS = (info, kernels, demo, repro)
+_COMMANDS = (info, kernels, demo, repro, quantize)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

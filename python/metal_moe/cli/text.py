@@ -41,11 +41,11 @@ class Progress:
     """What is being done, on stderr: one line that is overwritten on a terminal, a line per step elsewhere."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty()
         self._last = ""
 
     def __call__(self, text: str) -> None:
-        if self._terminal:
+        if self.terminal:
             sys.stderr.write(f"\r\033[K{text}")
         elif text != self._last:
             sys.stderr.write(text + "\n")
@@ -56,6 +56,6 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._terminal and self._last:
+        if self.terminal and self._last:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()

@@ -1,0 +1,348 @@
+"""Quantises the experts of a checkpoint, layer by layer, and reports the errors of every projection and expert."""
+
+import argparse
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..formats import Checkpoint, ExpertReader, LayerExperts, QuantizedExperts
+from ..formats.calibration import ACTIVATIONS, input_hessian, intermediate
+from ..formats.checkpoint import INDEX
+from ..formats.errors import ProjectionErrors, projection_errors
+from ..formats.layout import CODEBOOKS, Format
+from ..formats.safetensors_file import save_safetensors
+from ..formats.viterbi import nearest_walks
+from .plot import log_chart
+from .text import DTYPES, Progress, gigabytes, table
+
+NAME = "quantize"
+HELP = "quantise the experts of a checkpoint; errors by layer"
+
+REPORT = "quantization_report.json"
+PROJECTIONS = ("gate", "up", "down")
+# Tiles between two looks at the progress: about a second on a CPU, and enough to fill a GPU.
+TILES = {"cpu": 64, "cuda": 1024}
+# Of the Hessians of down that are held at a time, 128 MiB and a few temporaries of that size; at least one expert's.
+HESSIAN_ELEMENTS = 1 << 25
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="a folder or safetensors file: dense, EXL3, MLX or gpt-oss")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the experts and the report")
+    parser.add_argument("--format", choices=sorted(Format.registry), default="trellis", help="(default: trellis)")
+    parser.add_argument("--bits", type=float, help="bits of a weight (default: 4, or what the format has)")
+    for projection in PROJECTIONS:
+        parser.add_argument(f"--{projection}-bits", type=float, metavar="BITS", help=f"of {projection}, if others")
+    parser.add_argument(
+        "--expert-bits",
+        type=_expert_bits,
+        action="append",
+        default=[],
+        metavar="EXPERT=BITS",
+        help="bits of one expert",
+    )
+    parser.add_argument("--group-size", type=int, help="affine: 32, 64 or 128 (default: 64)")
+    parser.add_argument(
+        "--scale-dtype", choices=DTYPES, help="affine: of scales (default: the checkpoint's; bf16 if that is quantised)"
+    )
+    parser.add_argument("--codebook", choices=CODEBOOKS, help="trellis (default: mul1)")
+    parser.add_argument("--layers", type=_layers, help='for instance "0,3-5" (default: all)')
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        help="trellis: safetensors with inputs [T, H] of each layer's experts, named as the tensors beside them: "
+        "model.layers.3.mlp.hidden_states",
+    )
+    parser.add_argument(
+        "--activation",
+        choices=[*ACTIVATIONS, "swiglu_clamp"],
+        help="between gate and down, for calibration (default: silu, gpt-oss's for its files)",
+    )
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu or cuda (default: cpu)")
+    parser.add_argument("--seed", type=int, default=0, help="trellis: of the random signs (default: 0)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the errors by layer")
+
+
+def run(options: argparse.Namespace, progress: Progress) -> dict:
+    if options.calibration and options.format != "trellis":
+        raise ValueError(f"--calibration is given; {options.format} makes no use of it")
+    for given, name, of in ((options.codebook, "codebook", "trellis"), (options.scale_dtype, "scale-dtype", "affine")):
+        if given and options.format != of:
+            raise ValueError(f"--{name} is given; {options.format} has none")
+    device = torch.device(options.device)
+    if device.type not in TILES or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device is {options.device}; it must be cpu, or cuda where there is one")
+    if (options.output / INDEX).exists():
+        raise ValueError(f"--output: {options.output / INDEX} is there already; name a new folder")
+    start = time.perf_counter()
+    reports, weight_map, total = [], {}, 0
+    with ExpertReader(options.checkpoint) as reader:
+        layers = options.layers or reader.layers
+        unknown = sorted(set(layers) - set(reader.layers))
+        if unknown:
+            raise ValueError(
+                f"--layers names {unknown[0]}; layers with experts are {reader.layers[0]} to {reader.layers[-1]}"
+            )
+        calibration = Checkpoint(options.calibration) if options.calibration else None
+        options.output.mkdir(parents=True, exist_ok=True)
+        for index, layer in enumerate(layers):
+            begin = time.perf_counter()
+            quantised, report = _quantize_layer(
+                reader.read(layer), calibration, options, device, _Bar(progress, index, layers)
+            )
+            file = f"model-{index + 1:05}-of-{len(layers):05}.safetensors"
+            prefix = report["block"] + "experts."
+            state = {
+                name: t
+                for target, each in quantised.items()
+                for name, t in each.state_dict(f"{prefix}{target}.").items()
+            }
+            save_safetensors(options.output / file, state, {"format": "metal_moe"})
+            weight_map |= dict.fromkeys(state, file)
+            size = sum(tensor.nbytes for tensor in state.values())
+            total += size
+            reports.append({**report, "bytes": size, "seconds": time.perf_counter() - begin})
+        config = reader.checkpoint.config
+    index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (options.output / INDEX).write_text(json.dumps(index_file, indent=2) + "\n")
+    if config:
+        (options.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    result = {
+        "checkpoint": str(options.checkpoint),
+        "output": str(options.output),
+        "format": options.format,
+        "calibrated": options.calibration is not None,
+        "bytes": total,
+        "seconds": time.perf_counter() - start,
+        "layers": reports,
+    }
+    (options.output / REPORT).write_text(json.dumps(result, indent=2) + "\n")
+    if options.plot:
+        options.plot.write_text(_plot(result))
+    return result
+
+
+def render(result: dict) -> str:
+    rows = []
+    for layer in result["layers"]:
+        for errors in layer["projections"]:
+            mse = errors["relative_mse"]
+            worst = max(range(len(mse)), key=mse.__getitem__)
+            output = errors["relative_output_mse"]
+            bits = sorted(set(errors["bits"]))
+            rows.append(
+                [
+                    layer["layer"],
+                    errors["projection"],
+                    f"{bits[0]:g}" if len(bits) == 1 else f"{bits[0]:g} to {bits[-1]:g}",
+                    f"{sum(mse) / len(mse):.3g}",
+                    f"{mse[worst]:.3g}",
+                    worst,
+                    f"{sum(output) / len(output):.3g}" if output else "-",
+                ]
+            )
+    headings = ["layer", "projection", "bits", "relative MSE", "worst", "of expert", "of outputs"]
+    weights = sum(layer["weights"] for layer in result["layers"])
+    count = len(result["layers"])
+    size = f"{gigabytes(result['bytes'])}, {8 * result['bytes'] / weights:.3g} bits per weight with tables and paddings"
+    done = f"{count} layer{'s' if count > 1 else ''}, {size}, {result['seconds']:.1f} s"
+    return f"{table(headings, rows)}\n\n{done}; every expert is in {result['output']}/{REPORT}"
+
+
+def _expert_bits(text: str) -> tuple[int, float]:
+    match = re.fullmatch(r"(\d+)=(\d+(?:\.5)?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 7=8: an expert and its bits")
+    return int(match[1]), float(match[2])
+
+
+def _layers(text: str) -> list[int]:
+    found: set[int] = set()
+    for piece in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", piece)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise argparse.ArgumentTypeError(f"{text!r} is not of the form 0,3-5")
+        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(found)
+
+
+class _Bar:
+    """Progress of one layer: how far, how fast, how long still."""
+
+    WIDTH = 24
+
+    def __init__(self, progress: Progress, index: int, layers: list[int]) -> None:
+        self._progress = progress
+        self._name = f"layer {layers[index]} ({index + 1} of {len(layers)})"
+        self._start = time.perf_counter()
+        self._total = self._done = 0
+        self._shown = -1
+
+    def begin(self, total: int) -> None:
+        self._total = total
+
+    def add(self, count: int, what: str) -> None:
+        self._done += count
+        share = min(1.0, self._done / max(1, self._total))
+        left = (time.perf_counter() - self._start) * (1 - share) / max(share, 1e-9)
+        filled = round(self.WIDTH * share)
+        if filled == self._shown and not self._progress.terminal:
+            return
+        self._shown = filled
+        bar = "#" * filled + "." * (self.WIDTH - filled)
+        self._progress(f"{self._name} {what} [{bar}] {100 * share:.0f}%, {left:.0f} s left")
+
+
+def _dense(experts: LayerExperts) -> dict[str, Tensor]:
+    """Gate, up [E, I, H] and down [E, H, I], and the biases "gate_bias", ... where there are some."""
+
+    def weights(of: QuantizedExperts | Tensor) -> Tensor:
+        return of.dequantize() if isinstance(of, QuantizedExperts) else of
+
+    def halves(of: Tensor) -> tuple[Tensor, Tensor]:
+        return (of[:, 0::2], of[:, 1::2]) if experts.interleaved else of.split(of.shape[1] // 2, 1)
+
+    gate, up = halves(weights(experts.w1))
+    dense = {"gate": gate, "up": up, "down": weights(experts.w2)}
+    for of, names in ((experts.w1, ("gate_bias", "up_bias")), (experts.w2, ("down_bias",))):
+        bias = of.bias if isinstance(of, QuantizedExperts) else None
+        if bias is not None:
+            dense |= dict(zip(names, halves(bias) if len(names) == 2 else (bias,), strict=True))
+    return dense
+
+
+def _quantize_layer(
+    experts: LayerExperts, calibration: Checkpoint | None, options: argparse.Namespace, device: torch.device, bar: _Bar
+) -> tuple[dict[str, QuantizedExperts], dict]:
+    dense = _dense(experts)
+    count = dense["gate"].shape[0]
+    bits = _bits(options, count)
+    inputs = None if calibration is None else _inputs(calibration, experts.block, dense["gate"].shape[2], device)
+    activation = options.activation or ("swiglu_clamp" if experts.source == "gpt-oss" else "silu")
+    trellis = options.format == "trellis"
+    scale_dtype = torch.bfloat16 if isinstance(experts.w1, QuantizedExperts) else experts.w1.dtype
+    if options.scale_dtype:
+        scale_dtype = DTYPES[options.scale_dtype]
+
+    def units(of: Tensor) -> int:
+        return of.shape[0] * (math.prod(128 * -(-size // 128) // 16 for size in of.shape[1:]) if trellis else 1)
+
+    bar.begin(sum(units(dense[projection]) for projection in PROJECTIONS))
+    first = None if inputs is None else input_hessian(inputs)
+    made: dict[str, QuantizedExperts] = {}
+    errors: list[ProjectionErrors] = []
+    for projection in PROJECTIONS:
+        step = count
+        if inputs is not None and projection == "down":
+            step = max(1, HESSIAN_ELEMENTS // dense["down"].shape[2] ** 2)
+        pieces, found = [], []
+        for begin in range(0, count, step):
+            some = range(begin, min(count, begin + step))
+            weights = dense[projection][begin : begin + step].to(device)
+            hessian = first
+            if inputs is not None and projection == "down":
+                seen = [_seen(inputs, dense, expert, activation) for expert in some]
+                hessian = torch.stack([input_hessian(each) for each in seen])
+            quantised = QuantizedExperts.quantize(
+                weights,
+                format=options.format,
+                bits=None if bits[projection] is None else [bits[projection][expert] for expert in some],
+                group_size=options.group_size,
+                hessian=hessian,
+                **({"codebook": options.codebook} if options.codebook else {}),
+                **({"scale_dtype": scale_dtype} if options.format == "affine" else {}),
+                **({"seed": options.seed, "walks": _counted(bar, projection)} if trellis else {}),
+            )
+            if not trellis:
+                bar.add(len(some), projection)
+            found.append(projection_errors(projection, weights, quantised, hessian))
+            pieces.append(quantised.to("cpu"))
+        made[projection] = QuantizedExperts.cat(pieces) if len(pieces) > 1 else pieces[0]
+        outputs = [value for each in found for value in each.relative_output_mse or ()]
+        errors.append(
+            ProjectionErrors(
+                projection,
+                [value for each in found for value in each.bits],
+                [value for each in found for value in each.relative_mse],
+                outputs or None,
+            )
+        )
+    biases = {name: dense[f"{name}_bias"].contiguous() for name in PROJECTIONS if f"{name}_bias" in dense}
+    w1_bias = torch.cat([biases["gate"], biases["up"]], 1) if "gate" in biases else None
+    w1 = QuantizedExperts({name: made[name].parts["weight"] for name in ("gate", "up")}, w1_bias)
+    w2 = QuantizedExperts(made["down"].parts, biases.get("down"))
+    report = {
+        "layer": experts.layer,
+        "block": experts.block,
+        "source": experts.source,
+        "experts": count,
+        "weights": sum(dense[projection].numel() for projection in PROJECTIONS),
+        "bits_per_weight": (2 * w1.bits_per_weight + w2.bits_per_weight) / 3,
+        "projections": [asdict(each) for each in errors],
+    }
+    return {"w1": w1, "w2": w2}, report
+
+
+def _bits(options: argparse.Namespace, experts: int) -> dict[str, list[float] | None]:
+    """Per projection and expert; None where the user left it to the format."""
+    chosen = {}
+    for projection in PROJECTIONS:
+        own = getattr(options, f"{projection}_bits")
+        bits = options.bits if own is None else own
+        if bits is None and options.expert_bits:
+            raise ValueError("--expert-bits is given without --bits: name the other experts' bits too")
+        chosen[projection] = None if bits is None else [bits] * experts
+        for expert, exception in options.expert_bits:
+            if expert >= experts:
+                raise ValueError(f"--expert-bits names expert {expert}; the layer has {experts}")
+            chosen[projection][expert] = exception
+    return chosen
+
+
+def _inputs(calibration: Checkpoint, block: str, hidden: int, device: torch.device) -> Tensor:
+    name = f"{block}hidden_states"
+    inputs = calibration.get(name)
+    if inputs.ndim != 2 or inputs.shape[1] != hidden or not inputs.shape[0] or not inputs.is_floating_point():
+        raise ValueError(
+            f"{calibration.where(name)}: {name} is {inputs.dtype} {tuple(inputs.shape)}; it must be float [T, {hidden}]"
+        )
+    return inputs.to(device, torch.float32)
+
+
+def _seen(inputs: Tensor, dense: dict[str, Tensor], expert: int, activation: str) -> Tensor:
+    """Inputs of down."""
+    gate, up = (dense[name][expert].to(inputs.device) for name in ("gate", "up"))
+    bias = None
+    if "gate_bias" in dense:
+        bias = tuple(dense[name][expert].to(inputs.device) for name in ("gate_bias", "up_bias"))
+    return intermediate(inputs, gate, up, bias, activation)
+
+
+def _counted(bar: _Bar, projection: str) -> Callable[[Tensor, float, str], Tensor]:
+    """The search, some tiles at a time, telling the bar."""
+
+    def walks(values: Tensor, bits: float, codebook: str) -> Tensor:
+        found = []
+        for some in values.split(TILES[values.device.type]):
+            found.append(nearest_walks(some, bits, codebook))
+            bar.add(some.shape[0], projection)
+        return torch.cat(found)
+
+    return walks
+
+
+def _plot(result: dict) -> str:
+    layers = result["layers"]
+    series = {}
+    for index, projection in enumerate(PROJECTIONS):
+        values = [layer["projections"][index]["relative_mse"] for layer in layers]
+        series[projection] = [(min(mse), sum(mse) / len(mse), max(mse)) for mse in values]
+    title = f"{Path(result['checkpoint']).name}, {result['format']}: relative MSE, lowest to highest expert"
+    return log_chart(title, "layer", "relative MSE", [layer["layer"] for layer in layers], series)

@@ -1,0 +1,338 @@
+"""The experts of published checkpoints, layer by layer: EXL3, MLX, gpt-oss, `metal-moe quantize`'s own, and dense ones.
+
+Which tensors make up a layer is told by their names alone. L is the layer, E the expert, P anything (most often
+"model.layers.L.mlp" or "model.layers.L.block_sparse_moe"):
+
+| source | tensors |
+| --- | --- |
+| exl3 | `P.experts.E.{gate,up,down}_proj.{trellis,suh,svh,mul1,mcg,su,sv,bias}`, or w1, w3, w2 for gate, up, down |
+| mlx | `P.switch_mlp.{gate,up,down}_proj.{weight,scales,biases,bias}`; gpt-oss: `experts` for `switch_mlp` |
+| gpt-oss | `P.experts.{gate_up_proj,down_proj}_{blocks,scales,bias}` |
+| dense | `P.experts.E.{gate,up,down}_proj.weight`, or w1, w3, w2 |
+| metal-moe | `P.experts.{w1,w2}.{weight,gate,up}.{codes,scales,biases,table}`, `P.experts.{w1,w2}.bias` |
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .checkpoint import Checkpoint
+from .hadamard import BLOCK
+from .layout import SCALE_DTYPES, round_up
+from .part import make_part
+from .quantized_experts import BUFFERS, GATE_UP, QuantizedExperts
+from .trellis import stack_exl3
+
+PROJECTIONS = {
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+}
+EXL3_TENSORS = ("trellis", "suh", "svh", "su", "sv", "mul1", "mcg", "bias", "scale")
+
+# Models whose EXL3 files hold `up` divided by this; the routing weights must be multiplied by it (after normalisation).
+EXL3_UP_DIVISORS = {"mistral4": 128.0, "laguna": 128.0}
+
+_LAYER = r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d{1,6})\.(?:[^.]+\.)*?)"
+_ONE_BY_ONE = _LAYER + rf"experts\.(?P<expert>\d{{1,6}})\.(?P<projection>{'|'.join(PROJECTIONS)})\."
+_STACKED = _LAYER + r"(?:switch_mlp|experts)\.(?P<projection>(?:gate|up|down)_proj)\."
+_PATTERNS = {
+    "exl3": re.compile(_ONE_BY_ONE + rf"(?P<tensor>{'|'.join(EXL3_TENSORS)})"),
+    "dense": re.compile(_ONE_BY_ONE + r"(?P<tensor>weight)"),
+    "mlx": re.compile(_STACKED + r"(?P<tensor>weight|scales|biases|bias)"),
+    "gpt-oss": re.compile(_LAYER + r"experts\.(?P<projection>gate_up_proj|down_proj)_(?P<tensor>blocks|scales|bias)"),
+    "metal-moe": re.compile(
+        _LAYER + rf"experts\.(?P<projection>w1|w2)\.(?P<tensor>(?:weight|gate|up)\.(?:{'|'.join(BUFFERS)})|bias)"
+    ),
+}
+# Longer names are no model's, and matching takes time that grows faster than they do.
+_MAX_NAME = 512
+# Of these a layer must have at least one tensor to be of the kind ("bias" alone says nothing).
+_TELLING = {
+    "exl3": ("trellis",),
+    "dense": ("weight",),
+    "mlx": ("scales",),
+    "gpt-oss": ("blocks",),
+    "metal-moe": ("weight.table", "gate.table"),
+}
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """What `fused_moe` needs of a layer's experts."""
+
+    layer: int
+    source: str
+    """"exl3", "mlx", "gpt-oss", "dense" or "metal-moe"."""
+    block: str
+    """The name in front of "experts", for instance "model.layers.3.mlp."."""
+    w1: QuantizedExperts | Tensor
+    w2: QuantizedExperts | Tensor
+    interleaved: bool = False
+    """Rows of w1 are gate 0, up 0, gate 1, ...: pass it on."""
+    routing_scale: float = 1.0
+    """Multiply routing weights by this, after normalisation."""
+
+
+class ExpertReader:
+    """Experts of a checkpoint, by layer.
+
+    Example:
+        with ExpertReader("gpt-oss-20b") as reader:
+            for layer in reader.layers:
+                experts = reader.read(layer)
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.checkpoint = Checkpoint(path)
+        try:
+            self._found = _find_layers(self.checkpoint)
+        except BaseException:
+            self.checkpoint.close()
+            raise
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers that have experts."""
+        return sorted(self._found)
+
+    def source(self, layer: int) -> str:
+        return self._layer(layer).source
+
+    def read(self, layer: int) -> LayerExperts:
+        """The experts of one layer. Stacked tensors stay where the file is mapped; EXL3's and dense ones are copied."""
+        return self._layer(layer).read(self.checkpoint)
+
+    def _layer(self, layer: int) -> _Layer:
+        if layer not in self._found:
+            known = f"{self.layers[0]} to {self.layers[-1]}"
+            raise ValueError(f"{self.checkpoint.path}: layer {layer} has no experts; layers with experts are {known}")
+        return self._found[layer]
+
+    def __iter__(self) -> Iterator[LayerExperts]:
+        return (self.read(layer) for layer in self.layers)
+
+    def __enter__(self) -> ExpertReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpoint.close()
+
+
+@dataclass
+class _Layer:
+    """Names of one layer's tensors: (expert or None, projection) -> last part of the name -> whole name."""
+
+    layer: int
+    source: str
+    block: str
+    names: dict[tuple[int | None, str], dict[str, str]]
+
+    def read(self, checkpoint: Checkpoint) -> LayerExperts:
+        read = {
+            "exl3": self._exl3,
+            "mlx": self._mlx,
+            "gpt-oss": self._gpt_oss,
+            "dense": self._dense,
+            "metal-moe": self._own,
+        }[self.source]
+        try:
+            made = read(checkpoint)
+            experts, rows, hidden = made["w1"].shape
+            if tuple(made["w2"].shape) != (experts, hidden, rows // 2) or rows % 2:
+                shapes = f"w1 [{experts}, {rows}, {hidden}] and w2 {list(made['w2'].shape)}"
+                raise ValueError(f"{self.block}experts: {shapes} do not fit; they must be [E, 2I, H] and [E, H, I]")
+            return LayerExperts(self.layer, self.source, self.block, **made)
+        except (ValueError, TypeError) as error:
+            text = str(error)
+            where = str(checkpoint.path)
+            raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
+
+    def _need(self, projection: str, tensor: str, expert: int | None = None) -> str:
+        name = self.names.get((expert, projection), {}).get(tensor)
+        if name is None:
+            of = "" if expert is None else f"{expert}."
+            raise ValueError(f"a tensor is missing: {self.block}experts.{of}{projection}, {tensor}")
+        return name
+
+    def _experts(self) -> int:
+        found = {expert for expert, _ in self.names}
+        missing = next((expert for expert in range(len(found)) if expert not in found), None)
+        if missing is not None:
+            raise ValueError(f"{self.block}experts: expert {missing} is missing, {max(found)} is there")
+        return len(found)
+
+    def _exl3(self, checkpoint: Checkpoint) -> dict:
+        count = self._experts()
+        parts, biases = {}, {}
+        for projection in ("gate", "up", "down"):
+            whats, linears = [], []
+            for expert in range(count):
+                whole = self._need(projection, "trellis", expert)
+                whats.append(whole.removesuffix(".trellis"))
+                linears.append({t: checkpoint.get(n) for t, n in self.names[expert, projection].items()})
+            checks.tensor(whats[0], "trellis", linears[0]["trellis"], (torch.int16,), (None, None, None))
+            tiles = linears[0]["trellis"].shape
+            sizes = ("hidden", "intermediate") if projection == "down" else ("intermediate", "hidden")
+            shape = tuple(
+                _size(checkpoint.config, kind, 16 * n) for kind, n in zip(sizes, (tiles[1], tiles[0]), strict=True)
+            )
+            stacks, biases[projection] = stack_exl3(self.block + "experts", linears, shape, whats)
+            parts[projection] = make_part(stacks)
+        model = _text_config(checkpoint.config).get("model_type")
+        return {
+            "w1": QuantizedExperts({name: parts[name] for name in GATE_UP}, _cat_bias(biases["gate"], biases["up"])),
+            "w2": QuantizedExperts({"weight": parts["down"]}, biases["down"]),
+            "routing_scale": EXL3_UP_DIVISORS.get(model, 1.0) if isinstance(model, str) else 1.0,
+        }
+
+    def _mlx(self, checkpoint: Checkpoint) -> dict:
+        sides = {}
+        for projection in ("gate", "up", "down"):
+            weight = self._need(projection, "weight")
+            how = _mlx_quantization(checkpoint.config, weight.removesuffix(".weight"))
+            names = self.names[None, projection]
+            self._need(projection, "scales")
+            sides[projection] = {
+                t: checkpoint.get(names[t]) if t in names else None for t in ("weight", "scales", "biases")
+            }
+            sides[projection] |= how | {"bias": checkpoint.get(names["bias"]) if "bias" in names else None}
+        pair = {
+            key: [sides["gate"][key], sides["up"][key]] for key in ("weight", "scales", "biases", "group_size", "bits")
+        }
+        mode = {sides["gate"]["mode"], sides["up"]["mode"]}
+        if len(mode) > 1:
+            raise ValueError(f"{self.block}: gate and up have the modes {sorted(mode)}; they must be equal")
+        bias = _cat_bias(sides["gate"]["bias"], sides["up"]["bias"])
+        return {
+            "w1": QuantizedExperts.from_mlx(**pair, mode=mode.pop(), bias=bias),
+            "w2": QuantizedExperts.from_mlx(**sides["down"]),
+        }
+
+    def _gpt_oss(self, checkpoint: Checkpoint) -> dict:
+        made = {}
+        for target, projection in (("w1", "gate_up_proj"), ("w2", "down_proj")):
+            blocks, scales = (checkpoint.get(self._need(projection, t)) for t in ("blocks", "scales"))
+            bias = self.names[None, projection].get("bias")
+            made[target] = QuantizedExperts.from_mxfp4(
+                blocks, scales, bias=None if bias is None else checkpoint.get(bias)
+            )
+        return {**made, "interleaved": True}
+
+    def _dense(self, checkpoint: Checkpoint) -> dict:
+        count = self._experts()
+        stacked = {}
+        for projection in ("gate", "up", "down"):
+            names = [self._need(projection, "weight", expert) for expert in range(count)]
+            first = checkpoint.get(names[0])
+            for name in names:
+                checks.tensor(name, "weight", checkpoint.get(name), (first.dtype,), first.shape)
+            checks.tensor(names[0], "weight", first, tuple(SCALE_DTYPES.values()), (None, None))
+            stacked[projection] = [checkpoint.get(name) for name in names]
+        gate, up, down = (stacked[name] for name in ("gate", "up", "down"))
+        if gate[0].shape != up[0].shape or gate[0].shape != down[0].shape[::-1]:
+            shapes = [tuple(each[0].shape) for each in (gate, up, down)]
+            raise ValueError(
+                f"{self.block}experts: gate, up and down are {shapes}; they must be [I, H], [I, H], [H, I]"
+            )
+        w1 = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
+        return {"w1": w1, "w2": torch.stack(down)}
+
+    def _own(self, checkpoint: Checkpoint) -> dict:
+        made = {}
+        for target in ("w1", "w2"):
+            state = {t: checkpoint.get(name) for t, name in self.names.get((None, target), {}).items()}
+            try:
+                made[target] = QuantizedExperts.from_state_dict(state)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{self.block}experts.{target}: {error}") from None
+        return made
+
+
+def _find_layers(checkpoint: Checkpoint) -> dict[int, _Layer]:
+    found: dict[int, dict[str, _Layer]] = {}
+    for name in checkpoint.names():
+        if len(name) > _MAX_NAME:
+            raise ValueError(
+                f"{checkpoint.path}: a tensor's name has {len(name)} characters; at most {_MAX_NAME} are read"
+            )
+        for source, pattern in _PATTERNS.items():
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            groups = match.groupdict()
+            number = int(groups["layer"])
+            layer = found.setdefault(number, {}).setdefault(source, _Layer(number, source, groups["block"], {}))
+            if layer.block != groups["block"]:
+                raise ValueError(
+                    f"{checkpoint.path}: layer {number} has experts in {layer.block} and in {groups['block']}"
+                )
+            expert = None if groups.get("expert") is None else int(groups["expert"])
+            projection = groups["projection"]
+            if source in ("exl3", "dense", "mlx"):
+                projection = PROJECTIONS[projection]
+            layer.names.setdefault((expert, projection), {})[groups["tensor"]] = name
+    layers = {}
+    for number, kinds in found.items():
+        known = [
+            kind
+            for source, kind in kinds.items()
+            if any(tensor in names for names in kind.names.values() for tensor in _TELLING[source])
+        ]
+        if len(known) > 1:
+            raise ValueError(
+                f"{checkpoint.path}: layer {number} has experts of {' and '.join(k.source for k in known)}"
+            )
+        if known:
+            layers[number] = known[0]
+    if not layers:
+        raise ValueError(f"{checkpoint.path}: no experts are found among {len(checkpoint.names())} tensors")
+    return layers
+
+
+def _cat_bias(gate: Tensor | None, up: Tensor | None) -> Tensor | None:
+    if (gate is None) != (up is None):
+        raise ValueError("one of gate and up has a bias; both must have one or neither")
+    return None if gate is None else torch.cat([gate, up], -1)
+
+
+def _text_config(config: dict) -> dict:
+    """Of a model of text and images the part about text."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def _size(config: dict, kind: str, stored: int) -> int:
+    """A size of the model, which is stored rounded up to a multiple of 128; as stored where the config has none fit."""
+    keys = ("hidden_size",) if kind == "hidden" else ("moe_intermediate_size", "intermediate_size")
+    for key in keys:
+        size = _text_config(config).get(key)
+        if isinstance(size, int) and not isinstance(size, bool) and size > 0 and round_up(size, BLOCK) == stored:
+            return size
+    return stored
+
+
+def _mlx_quantization(config: dict, module: str) -> dict:
+    """Group size, bits and mode of a module: its own entry in config.json, or the model's."""
+    whole = config.get("quantization") or config.get("quantization_config")
+    if not isinstance(whole, dict):
+        raise ValueError("config.json has no quantization: group_size and bits of MLX's tensors are not known")
+    own = whole.get(module)
+    chosen = {**whole, **own} if isinstance(own, dict) else whole
+    mode = chosen.get("mode", "affine")
+    result = {"group_size": chosen.get("group_size"), "bits": chosen.get("bits"), "mode": mode}
+    for key in ("group_size", "bits"):
+        checks.integer(f"config.json: quantization of {module}", key, result[key])
+    if not isinstance(mode, str):
+        raise ValueError(f"config.json: quantization of {module}: mode is {mode!r}; it must be a string")
+    return result

@@ -1,0 +1,374 @@
+"""Readers of checkpoints, on files that the safetensors package wrote under the names that published ones have."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from metal_moe.formats import Checkpoint, ExpertReader, QuantizedExperts
+from mlx_tensors import mlx_quantize, to_mlx
+from safetensors.torch import save_file
+from test_formats_mxfp4 import gpt_oss
+from test_formats_trellis import exl3_linear
+
+
+def save_sharded(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 2, config: dict | None = None) -> None:
+    """Tensors spread over files with an index, as published checkpoints are, neighbours in different files."""
+    folder.mkdir(exist_ok=True)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        some = {name: tensor for i, (name, tensor) in enumerate(tensors.items()) if i % shards == shard}
+        save_file(some, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(some, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+def others(layer: int) -> dict[str, torch.Tensor]:
+    """What a layer has beside its experts."""
+    prefix = f"model.layers.{layer}"
+    return {
+        f"{prefix}.mlp.gate.weight": torch.randn(4, 128),
+        f"{prefix}.input_layernorm.weight": torch.ones(128),
+        f"{prefix}.mlp.shared_expert.gate_proj.weight": torch.randn(8, 128),
+        f"{prefix}.self_attn.q_proj.weight": torch.randn(128, 128),
+    }
+
+
+def exl3_checkpoint(names: dict[str, str], block: str, bits: dict[str, float], sizes=(256, 128), experts=3) -> dict:
+    """`sizes` are those that are stored: hidden, intermediate. One set of tensors per expert and projection."""
+    hidden, intermediate = sizes
+    tensors = {}
+    for layer in (1, 2):
+        tensors |= others(layer)
+        for expert in range(experts):
+            for seed, projection in enumerate(("gate", "up", "down")):
+                shape = (intermediate, hidden) if projection == "down" else (hidden, intermediate)
+                linear = exl3_linear(*shape, bits[projection], seed=100 * layer + 10 * expert + seed)
+                name = f"model.layers.{layer}.{block}.experts.{expert}.{names[projection]}"
+                tensors |= {f"{name}.{key}": tensor for key, tensor in linear.items()}
+    return tensors
+
+
+QWEN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+@pytest.mark.parametrize(("names", "block"), [(QWEN, "mlp"), (MIXTRAL, "block_sparse_moe")])
+def test_exl3(names, block, tmp_path):
+    tensors = exl3_checkpoint(names, block, {"gate": 6, "up": 2, "down": 3})
+    save_sharded(tmp_path, tensors, 3, {"hidden_size": 256, "moe_intermediate_size": 128, "model_type": "qwen3_moe"})
+    with ExpertReader(tmp_path) as reader:
+        assert reader.layers == [1, 2]
+        assert reader.source(1) == "exl3"
+        experts = reader.read(2)
+    assert experts.block == f"model.layers.2.{block}."
+    assert (experts.w1.shape, experts.w2.shape) == ((3, 256, 256), (3, 256, 128))
+    assert [part.settings[0].bits for part in experts.w1.gate_up()] == [6, 2]
+    assert experts.w2.parts["weight"].settings[0].bits == 3
+    assert not experts.interleaved and experts.routing_scale == 1
+    for expert in range(3):
+        dense = []
+        for projection in ("gate", "up", "down"):
+            prefix = f"model.layers.2.{block}.experts.{expert}.{names[projection]}."
+            linear = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            dense.append(QuantizedExperts.from_exl3([linear]).dequantize()[0])
+        assert torch.equal(experts.w1.dequantize(experts=[expert])[0], torch.cat(dense[:2]))
+        assert torch.equal(experts.w2.dequantize(experts=[expert])[0], dense[2])
+
+
+def test_exl3_of_padded_sizes(tmp_path):
+    """gpt-oss has 2880, stored as 2944; here 200 and 120, as 256 and 128, and a bias per expert."""
+    tensors = exl3_checkpoint(QWEN, "mlp", {"gate": 4, "up": 4, "down": 4})
+    for name in [name for name in tensors if name.endswith(".svh")]:
+        tensors[name.replace(".svh", ".bias")] = torch.randn(tensors[name].shape).half()
+    save_sharded(tmp_path, tensors, 2, {"hidden_size": 200, "intermediate_size": 120})
+    experts = ExpertReader(tmp_path).read(1)
+    assert (experts.w1.shape, experts.w2.shape) == ((3, 240, 200), (3, 200, 120))
+    up_bias = tensors["model.layers.1.mlp.experts.2.up_proj.bias"]
+    assert torch.equal(experts.w1.bias[2, 120:], up_bias[:120])
+    assert experts.w2.bias.shape == (3, 200)
+
+
+def test_exl3_experts_of_different_bits(tmp_path):
+    tensors = exl3_checkpoint(QWEN, "mlp", {"gate": 3, "up": 3, "down": 3})
+    name = "model.layers.1.mlp.experts.1.down_proj"
+    tensors |= {f"{name}.{key}": tensor for key, tensor in exl3_linear(128, 256, 5).items()}
+    save_sharded(tmp_path, tensors)
+    experts = ExpertReader(tmp_path).read(1)
+    assert [settings.bits for settings in experts.w2.parts["weight"].settings] == [3, 5, 3]
+
+
+def test_exl3_models_that_divide_up(tmp_path):
+    tensors = exl3_checkpoint(QWEN, "mlp", {"gate": 2, "up": 2, "down": 2}, experts=1)
+    save_sharded(tmp_path, tensors, 1, {"text_config": {"model_type": "mistral4"}})
+    assert ExpertReader(tmp_path).read(1).routing_scale == 128
+
+
+def mlx_checkpoint(block: str, mode: str, group: int, bits: dict[str, int], bias: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = others(0)
+    for projection, shape in (("gate_proj", (64, 128)), ("up_proj", (64, 128)), ("down_proj", (128, 64))):
+        weights = to_mlx(torch.randn(4, *shape, generator=generator).numpy(), "bfloat16")
+        parts = mlx_quantize(weights, group, bits[projection], mode)
+        name = f"model.layers.0.{block}.{projection}"
+        tensors |= dict(zip((f"{name}.weight", f"{name}.scales", f"{name}.biases"), parts, strict=False))
+        if bias:
+            tensors[f"{name}.bias"] = torch.randn(4, shape[0], generator=generator).bfloat16()
+    return tensors
+
+
+def test_mlx_with_bits_by_module(tmp_path):
+    bits = {"gate_proj": 6, "up_proj": 2, "down_proj": 3}
+    tensors = mlx_checkpoint("mlp.switch_mlp", "affine", 32, bits, bias=False)
+    own = {f"model.layers.0.mlp.switch_mlp.{name}": {"group_size": 32, "bits": b} for name, b in bits.items()}
+    save_sharded(tmp_path, tensors, 2, {"quantization": {"group_size": 64, "bits": 4, **own}})
+    with ExpertReader(tmp_path) as reader:
+        assert reader.layers == [0] and reader.source(0) == "mlx"
+        experts = reader.read(0)
+    assert (experts.w1.shape, experts.w2.shape) == ((4, 128, 128), (4, 128, 64))
+    expected = []
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        name = f"model.layers.0.mlp.switch_mlp.{projection}"
+        parts = [tensors[f"{name}.{key}"] for key in ("weight", "scales", "biases")]
+        expected.append(QuantizedExperts.from_mlx(*parts, group_size=32, bits=bits[projection]).dequantize())
+    assert torch.equal(experts.w1.dequantize(), torch.cat(expected[:2], 1))
+    assert torch.equal(experts.w2.dequantize(), expected[2])
+
+
+def test_mlx_gpt_oss(tmp_path):
+    tensors = mlx_checkpoint("mlp.experts", "mxfp4", 32, dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4), True)
+    config = {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
+    save_sharded(tmp_path, tensors, 2, config)
+    experts = ExpertReader(tmp_path).read(0)
+    assert experts.w1.parts["gate"].settings[0].format == "mxfp4"
+    assert not experts.interleaved, "mlx-lm has taken the rows apart"
+    gate, up = (tensors[f"model.layers.0.mlp.experts.{name}.bias"] for name in ("gate_proj", "up_proj"))
+    assert torch.equal(experts.w1.bias, torch.cat([gate, up], 1))
+
+
+def gpt_oss_checkpoint() -> dict[str, torch.Tensor]:
+    tensors = {}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp"
+        tensors |= {f"{prefix}.router.weight": torch.randn(4, 96), f"{prefix}.router.bias": torch.randn(4)}
+        for projection, shape in (("gate_up_proj", (128, 96)), ("down_proj", (96, 64))):
+            blocks, scales, bias = gpt_oss(4, *shape, seed=layer)
+            for key, tensor in (("blocks", blocks), ("scales", scales), ("bias", bias)):
+                tensors[f"{prefix}.experts.{projection}_{key}"] = tensor
+    return tensors
+
+
+def test_gpt_oss(tmp_path):
+    tensors = gpt_oss_checkpoint()
+    save_sharded(tmp_path, tensors, 2, {"model_type": "gpt_oss", "hidden_size": 96, "intermediate_size": 64})
+    with ExpertReader(tmp_path) as reader:
+        layers = list(reader)
+    assert [experts.layer for experts in layers] == [0, 1]
+    for experts in layers:
+        prefix = f"model.layers.{experts.layer}.mlp.experts"
+        assert experts.source == "gpt-oss" and experts.interleaved
+        assert (experts.w1.shape, experts.w2.shape) == ((4, 128, 96), (4, 96, 64))
+        for weights, projection in ((experts.w1, "gate_up_proj"), (experts.w2, "down_proj")):
+            parts = [tensors[f"{prefix}.{projection}_{key}"] for key in ("blocks", "scales")]
+            assert torch.equal(weights.dequantize(), QuantizedExperts.from_mxfp4(*parts).dequantize())
+            assert torch.equal(weights.bias, tensors[f"{prefix}.{projection}_bias"])
+
+
+def test_stacked_tensors_stay_in_the_mapped_file(tmp_path):
+    save_sharded(tmp_path, gpt_oss_checkpoint(), 1)
+    with ExpertReader(tmp_path) as reader:
+        codes = reader.read(0).w1.parts["weight"].codes
+        mapped = reader.checkpoint.get("model.layers.0.mlp.experts.gate_up_proj_blocks")
+        assert codes.data_ptr() == mapped.data_ptr()
+    assert int(codes.sum()) > 0, "and stay valid when the reader is closed"
+
+
+def test_a_single_file_and_a_folder_without_an_index(tmp_path):
+    tensors = gpt_oss_checkpoint()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert ExpertReader(tmp_path).layers == [0, 1]
+    assert ExpertReader(tmp_path / "model.safetensors").layers == [0, 1]
+    save_file({"model.layers.0.mlp.router.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="router.weight stands in model.safetensors and in other.safetensors"):
+        ExpertReader(tmp_path)
+
+
+@pytest.mark.parametrize(("names", "block"), [(QWEN, "mlp"), (MIXTRAL, "block_sparse_moe")])
+def test_dense(names, block, tmp_path):
+    tensors = {}
+    for expert in range(3):
+        for projection, shape in (("gate", (32, 64)), ("up", (32, 64)), ("down", (64, 32))):
+            name = f"model.layers.4.{block}.experts.{expert}.{names[projection]}.weight"
+            tensors[name] = torch.randn(shape).bfloat16()
+    save_sharded(tmp_path, tensors)
+    experts = ExpertReader(tmp_path).read(4)
+    assert experts.source == "dense"
+    for expert in range(3):
+        gate, up, down = (tensors[f"model.layers.4.{block}.experts.{expert}.{n}.weight"] for n in names.values())
+        assert torch.equal(experts.w1[expert], torch.cat([gate, up]))
+        assert torch.equal(experts.w2[expert], down)
+
+
+def test_what_metal_moe_wrote(tmp_path):
+    w1 = QuantizedExperts.quantize(torch.randn(3, 64, 128), bits={"gate": 4, "up": 2}, group_size=64)
+    w2 = QuantizedExperts.quantize(torch.randn(3, 128, 32), format="mxfp4", bias=torch.randn(3, 128))
+    prefix = "model.layers.7.mlp.experts."
+    save_sharded(tmp_path, {**w1.state_dict(prefix + "w1."), **w2.state_dict(prefix + "w2.")}, 2)
+    experts = ExpertReader(tmp_path).read(7)
+    assert torch.equal(experts.w1.dequantize(), w1.dequantize())
+    assert torch.equal(experts.w2.dequantize(), w2.dequantize())
+    assert torch.equal(experts.w2.bias, w2.bias)
+
+
+# ------------------------------------------------------------------------------------------------ files that are wrong
+
+
+def rewrite_index(folder: Path, change) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index = change(index) or index
+    path.write_text(index if isinstance(index, str) else json.dumps(index))
+
+
+BLOCKS = "model.layers.0.mlp.experts.gate_up_proj_blocks"
+INDEXES = {
+    "a file elsewhere": (lambda i: i["weight_map"].update({BLOCKS: "../secret.safetensors"}), "beside it"),
+    "an absolute path": (lambda i: i["weight_map"].update({BLOCKS: "/etc/passwd.safetensors"}), "beside it"),
+    "a folder": (lambda i: i["weight_map"].update({BLOCKS: ".."}), "beside it"),
+    "another kind of file": (lambda i: i["weight_map"].update({BLOCKS: "pytorch_model.bin"}), "beside it"),
+    "a device": (lambda i: i["weight_map"].update({BLOCKS: "C:x.safetensors"}), "beside it"),
+    "no name": (lambda i: i["weight_map"].update({BLOCKS: 3}), "the file of .* is a int; it must be a string"),
+    "a list": (lambda i: i.update({"weight_map": []}), "weight_map is a list"),
+    "nothing": (lambda i: i.pop("weight_map") and None, "weight_map is a NoneType"),
+    "no object": (lambda i: "[1]", "holds a list; it must be an object"),
+    "no JSON": (lambda i: "{", "not a valid JSON file"),
+    "endless nesting": (lambda i: "[" * 200_000, "not a valid JSON file"),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_indexes_that_are_wrong(case, tmp_path):
+    change, message = INDEXES[case]
+    folder = tmp_path / "model"
+    save_sharded(folder, gpt_oss_checkpoint())
+    save_file({BLOCKS: torch.zeros(1)}, tmp_path / "secret.safetensors")
+    rewrite_index(folder, change)
+    with pytest.raises(ValueError, match=message) as error:
+        ExpertReader(folder).read(0)
+    assert "model.safetensors.index.json" in str(error.value)
+
+
+def test_shards_that_are_missing_or_other_ones(tmp_path):
+    save_sharded(tmp_path, gpt_oss_checkpoint())
+    first, second = (tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    data = first.read_bytes()
+    first.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="model-00001-of-00002.safetensors: not a valid safetensors file"):
+        ExpertReader(tmp_path).read(0)
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError, match="says that model.* stands in model-00001.*, which has no such tensor"):
+        ExpertReader(tmp_path).read(0)
+    first.unlink()
+    with pytest.raises(ValueError, match="model-00001-of-00002.safetensors: there is no such file"):
+        ExpertReader(tmp_path).read(0)
+
+
+def without(tensors: dict, name: str) -> dict:
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+EXPERTS = "model.layers.0.mlp.experts."
+WRONG_TENSORS = {
+    "no scales": (lambda t: without(t, EXPERTS + "down_proj_scales"), "a tensor is missing: .*down_proj, scales"),
+    "scales of another shape": (
+        lambda t: {**t, EXPERTS + "down_proj_scales": torch.zeros(4, 96, 1).byte()},
+        "scales has",
+    ),
+    "blocks of another type": (lambda t: {**t, BLOCKS: t[BLOCKS].view(torch.int8)}, "blocks is int8; it must be uint8"),
+    "blocks in three dimensions": (lambda t: {**t, BLOCKS: t[BLOCKS].flatten(2)}, "blocks has shape"),
+    "bias of another shape": (lambda t: {**t, EXPERTS + "down_proj_bias": torch.zeros(4, 95)}, "bias has shape"),
+    "bias of another type": (lambda t: {**t, EXPERTS + "down_proj_bias": torch.zeros(4, 96).int()}, "bias is int32"),
+    "two kinds of experts": (
+        lambda t: {**t, EXPERTS + "0.gate_proj.weight": torch.zeros(2, 2)},
+        "layer 0 has experts of gpt-oss and dense",
+    ),
+    "two blocks of experts": (
+        lambda t: {**t, "draft.layers.0.mlp.experts.down_proj_blocks": t[EXPERTS + "down_proj_blocks"].clone()},
+        "layer 0 has experts in",
+    ),
+    "a name without end": (lambda t: {**t, "layers." * 1000: torch.zeros(1)}, "a tensor's name has 7000 characters"),
+    "no experts": (lambda t: {"lm_head.weight": torch.zeros(2)}, "no experts are found among 1 tensors"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_gpt_oss_checkpoints_that_are_wrong(case, tmp_path):
+    change, message = WRONG_TENSORS[case]
+    save_sharded(tmp_path, change(gpt_oss_checkpoint()))
+    with pytest.raises(ValueError, match=message) as error:
+        ExpertReader(tmp_path).read(0)
+    assert str(tmp_path) in str(error.value)
+
+
+GATE = "model.layers.1.mlp.experts.1.gate_proj."
+WRONG_EXL3 = {
+    "an expert missing": (lambda t: {k: v for k, v in t.items() if "experts.1." not in k}, "expert 1 is missing, 2 is"),
+    "a projection missing": (
+        lambda t: {k: v for k, v in t.items() if GATE not in k},
+        "a tensor is missing: .*1.gate, tr",
+    ),
+    "no svh": (lambda t: without(t, GATE + "svh"), r"experts.1.gate_proj.svh is missing"),
+    "trellis of another type": (lambda t: {**t, GATE + "trellis": t[GATE + "trellis"].int()}, "trellis is int32"),
+    "trellis of another shape": (
+        lambda t: {**t, GATE + "trellis": t[GATE + "trellis"][:8].clone()},
+        r"experts.1.gate_proj.trellis has \(8, 8\) tiles",
+    ),
+    "another multiplier": (lambda t: {**t, GATE + "mul1": torch.tensor(1, dtype=torch.int32)}, "mul1 is 0x1"),
+    "a bias for one": (lambda t: {**t, GATE + "bias": torch.zeros(128).half()}, "bias is missing"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_EXL3)
+def test_exl3_checkpoints_that_are_wrong(case, tmp_path):
+    change, message = WRONG_EXL3[case]
+    save_sharded(tmp_path, change(exl3_checkpoint(QWEN, "mlp", {"gate": 2, "up": 2, "down": 2})))
+    with pytest.raises(ValueError, match=message) as error:
+        ExpertReader(tmp_path).read(1)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "config.json has no quantization"),
+        ({"quantization": {"group_size": 64}}, "bits is None"),
+        ({"quantization": {"group_size": 64, "bits": "4"}}, "bits is '4'"),
+        ({"quantization": {"group_size": 64, "bits": 0}}, "bits is 0"),
+        ({"quantization": {"group_size": 0, "bits": 4}}, "group_size is 0"),
+        ({"quantization": {"group_size": 32, "bits": 8}}, r"w1 \[4, 128, 64\] and w2 \[4, 128, 32\] do not"),
+        ({"quantization": {"group_size": 64, "bits": 4, "mode": "awq"}}, "format is 'awq'"),
+        ({"quantization": {"group_size": 64, "bits": 4, "mode": 4}}, "mode is 4"),
+    ],
+)
+def test_mlx_configs_that_are_wrong(config, message, tmp_path):
+    bits = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4)
+    save_sharded(tmp_path, mlx_checkpoint("mlp.switch_mlp", "affine", 64, bits, False), 1, config)
+    with pytest.raises(ValueError, match=message):
+        ExpertReader(tmp_path).read(0)
+
+
+def test_layers_and_folders_that_are_not_there(tmp_path):
+    with pytest.raises(ValueError, match="neither model.safetensors.index.json nor a safetensors file"):
+        ExpertReader(tmp_path)
+    with pytest.raises(ValueError, match="nowhere: there is no such file or folder"):
+        ExpertReader(tmp_path / "nowhere")
+    save_sharded(tmp_path, gpt_oss_checkpoint())
+    with pytest.raises(ValueError, match="layer 5 has no experts; layers with experts are 0 to 1"):
+        ExpertReader(tmp_path).read(5)
+    with pytest.raises(ValueError, match="there is no tensor x"):
+        Checkpoint(tmp_path).get("x")
