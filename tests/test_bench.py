@@ -249,7 +249,7 @@ def test_kernel_times(device, tokens):
     assert by_stage["other"]["bytes"] is None and by_stage["other"]["bandwidth_fraction"] is None
 
 
-def test_kernels(quick, capsys, tmp_path, device):
+def test_kernels(quick, capsys, tmp_path, device, monkeypatch):
     """The profiler's times of every kernel on a GPU; nothing measures them on a CPU, which is said at once."""
     path = tmp_path / "result.json"
     arguments = ["--kernels", "--model", "glm", "--json", path]
@@ -258,6 +258,8 @@ def test_kernels(quick, capsys, tmp_path, device):
             run(device, *arguments)
         assert "--kernels with --device cpu: only a GPU reports the time of each kernel" in capsys.readouterr().err
         return
+    # Else PyTorch fills every result, which is a kernel of its own.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     assert run(device, *arguments) == 0
     entries = json.loads(path.read_text())["kernels"]
     for tokens in (1, 5):
@@ -272,7 +274,7 @@ def test_kernel_table(result):
     twice = [entry, {**entry, "stage": "route"}]
     text = report.kernels({**result, "kernels": twice})
     assert "some_kernel" in text
-    assert text.splitlines()[-1].split()[2:4] == ["all", "2.00"] and text.endswith("without route 1.00")
+    assert text.splitlines()[-1].split()[2:4] == ["all", "2.00"] and "without route 1.00" in text
 
 
 def test_commit(monkeypatch):

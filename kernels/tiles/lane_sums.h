@@ -21,26 +21,32 @@ constexpr uint next_power_of_two(uint n) {
   return power;
 }
 
-/// Exchanges HALF values with the lane that differs in bit HALF, and so on down to one value.
-template <uint HALF>
+/// Exchanges HALF values with the lane at DISTANCE, and so on down to one value. Distances begin at half a simdgroup
+/// whatever the number of values: each sum is then formed in the same order, and a result does not depend on what else
+/// was summed with it.
+template <uint HALF, uint DISTANCE>
 struct LaneFold {
   template <uint COUNT>
   static void apply(thread float (&v)[COUNT], uint lane) {
-    const bool upper = (lane & HALF) != 0;
+    const bool upper = (lane & DISTANCE) != 0;
     UNROLL
     for (uint i = 0; i < HALF; ++i) {
       // Not `upper ? v[i] : v[i + HALF]`: a choice of places, not of values, takes the array out of registers.
       const float low = v[i], high = v[i + HALF];
       const float keep = upper ? high : low, give = upper ? low : high;
-      v[i] = keep + simd_shuffle_xor(give, ushort(HALF));
+      v[i] = keep + simd_shuffle_xor(give, ushort(DISTANCE));
     }
-    LaneFold<HALF / 2>::apply(v, lane);
+    LaneFold<HALF / 2, DISTANCE / 2>::apply(v, lane);
   }
 };
-template <>
-struct LaneFold<0> {
+template <uint DISTANCE>
+struct LaneFold<0, DISTANCE> {
   template <uint COUNT>
-  static void apply(thread float (&)[COUNT], uint) {}
+  static void apply(thread float (&v)[COUNT], uint) {
+    UNROLL
+    for (uint distance = DISTANCE; distance > 0; distance /= 2)
+      v[0] += simd_shuffle_xor(v[0], ushort(distance));
+  }
 };
 
 /// Sums over lanes of N rows of C values, from row FIRST on; the sum of row FIRST + i, column c is number i * C + c.
@@ -59,11 +65,9 @@ inline LaneSums<N * C> sum_lanes(thread const float (&sum)[R][C], uint lane) {
   UNROLL
   for (uint e = 0; e < COUNT; ++e)
     v[e] = e < N * C ? sum[FIRST + e / C][e % C] : 0.0f;
-  LaneFold<COUNT / 2>::apply(v, lane);
-  UNROLL
-  for (uint distance = COUNT; distance < SIMD_WIDTH; distance *= 2)
-    v[0] += simd_shuffle_xor(v[0], ushort(distance));
-  result.value[0] = v[0];
+  LaneFold<COUNT / 2, SIMD_WIDTH / 2>::apply(v, lane);
+  // Sum e is in the lanes from e * (SIMD_WIDTH / COUNT) on.
+  result.value[0] = simd_shuffle(v[0], ushort(lane % COUNT * (SIMD_WIDTH / COUNT)));
 #endif
   return result;
 }
