@@ -67,7 +67,7 @@ target_include_directories(torch_mps SYSTEM INTERFACE "${METAL_MOE_TORCH_DIR}/in
 foreach(_library torch_python torch_cpu c10)
   target_link_libraries(torch_mps INTERFACE "${METAL_MOE_TORCH_DIR}/lib/lib${_library}.dylib")
 endforeach()
-target_link_options(torch_mps INTERFACE "-Wl,-rpath,@loader_path/../torch/lib")
+set(METAL_MOE_TORCH_RPATH "@loader_path/../torch/lib") # from metal_moe/_core.so
 
 # --- The kernels ---
 file(GLOB _sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/kernels/*/*.metal")

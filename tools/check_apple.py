@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Proves on Linux that the macOS side compiles and links, against what it will meet on a Mac.
 
-    python tools/check_apple.py [--build FOLDER] [--cmake ARGUMENT]...
+    python tools/check_apple.py [--build FOLDER] [--name NAME] [--cmake ARGUMENT]...
 
 1. Fetches, through pip, zig (a clang and linker for macOS), the macOS wheels of PyTorch and of MLX (metal-cpp), and
    PyObjC's metadata of Metal.
@@ -96,6 +96,10 @@ def run(command: list[str], what: str, quiet: bool = True) -> str:
     return done.stdout
 
 
+def project_version() -> str:
+    return re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
+
+
 def build_extension(world: World, folder: Path, extra: list[str]) -> Path:
     """The extension, cross-built by the project's own CMake files."""
     import pybind11
@@ -107,7 +111,7 @@ def build_extension(world: World, folder: Path, extra: list[str]) -> Path:
         "METAL_MOE_TORCH_DIR": world.torch,
         "METAL_MOE_METAL": "OFF",
         "CMAKE_COMPILE_WARNING_AS_ERROR": "ON",
-        "SKBUILD_PROJECT_VERSION": "0.0.0",
+        "SKBUILD_PROJECT_VERSION": project_version(),
         "Python_EXECUTABLE": sys.executable,
         "Python_INCLUDE_DIR": sysconfig.get_path("include"),
         "PYTHON_MODULE_EXTENSION": MODULE.removeprefix("_core"),
@@ -190,10 +194,11 @@ def check_extension(world: World, path: Path) -> macho.MachO:
     return extension
 
 
-def check(build: Path, cmake: list[str]) -> Path:
+def check(build: Path, name: str, cmake: list[str]) -> Path:
+    """Everything that is proven, in order; the extension. Its CMake folder is `build`/`name`."""
     start = time.monotonic()
     world = prepare(build)
-    folder = build / "cmake"
+    folder = build / name
     path = build_extension(world, folder, cmake)
     print(f"check-apple: {check_sources(folder)} sources compiled and linked to {path.name}")
     extension = check_extension(world, path)
@@ -209,10 +214,11 @@ def check(build: Path, cmake: list[str]) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "apple", help="folder of all that is made here")
+    parser.add_argument("--name", default="cmake", help="CMake's folder in it (default: cmake)")
     parser.add_argument("--cmake", action="append", default=[], metavar="ARGUMENT", help="for cmake's configuration")
     options = parser.parse_args()
     try:
-        check(options.build.resolve(), options.cmake)
+        check(options.build.resolve(), options.name, options.cmake)
     except (CheckError, RuntimeError) as error:
         print(f"check-apple: FAILED: {error}", file=sys.stderr)
         return 1

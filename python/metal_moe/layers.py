@@ -129,7 +129,8 @@ def make_layer(shape: LayerShape, dtype: torch.dtype, device: str | torch.device
         for weights in (w1, w2) if of_routed else (shared_w1, shared_w2):
             weights[index].normal_(0.0, weights.shape[2] ** -0.5, generator=generator)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    # MPS has one stream for all threads.
+    with ThreadPoolExecutor(1 if w1.device.type == "mps" else torch.get_num_threads()) as pool:
         list(pool.map(draw, range(total)))
     generator = torch.Generator().manual_seed(seed)
     router = torch.randn(shape.experts, shape.hidden, generator=generator) * shape.hidden**-0.5

@@ -35,7 +35,10 @@ def read_bandwidth(passes: int = 7, buffer_bytes: int = BUFFER_BYTES, device: to
 
 
 def _copy_bandwidth(passes: int, device: torch.device) -> float:
-    source = torch.ones(DEVICE_BUFFER_BYTES // 4, dtype=torch.float32, device=device)
+    buffer_bytes = DEVICE_BUFFER_BYTES
+    if device.type == "mps":  # memory that the whole system shares, perhaps 8 GB in all
+        buffer_bytes = min(buffer_bytes, torch.mps.recommended_max_memory() // 8)
+    source = torch.ones(buffer_bytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     best = 0.0
     for _ in range(passes + 1):
@@ -43,5 +46,5 @@ def _copy_bandwidth(passes: int, device: torch.device) -> float:
         start = time.perf_counter()
         target.copy_(source)
         torch.accelerator.synchronize(device)
-        best = max(best, 2 * DEVICE_BUFFER_BYTES / (time.perf_counter() - start))
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
     return best
