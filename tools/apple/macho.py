@@ -24,7 +24,6 @@ LC_BUILD_VERSION = 0x32
 # Linked, linked weakly, re-exported, upward: the commands that number a file's libraries, in order.
 LC_LOAD = (0xC, 0x80000018, 0x8000001F, 0x80000023)
 
-S_CSTRING_LITERALS = 0x2
 N_EXT, N_TYPE, N_UNDEFINED, N_STAB = 0x01, 0x0E, 0x0, 0xE0
 N_WEAK_REFERENCE = 0x40  # null where the system does not have it
 # Library ordinals of undefined symbols that name no library.
@@ -46,8 +45,8 @@ class MachO:
     """Undefined symbol -> install name of the library it is bound to; "" where any loaded one will do."""
     weak: set[str] = field(default_factory=set)
     exports: set[str] = field(default_factory=set)
-    sections: dict[str, bytes] = field(default_factory=dict)
-    """Contents of the sections of string literals, by name."""
+    selectors: set[str] = field(default_factory=set)
+    """Of Objective-C messages that the code sends."""
 
 
 def read(path: Path) -> MachO:
@@ -94,10 +93,9 @@ def _parse(path: Path, data: mmap.mmap) -> MachO:
 def _read_sections(result: MachO, data: mmap.mmap, segment: int) -> None:
     (count,) = struct.unpack_from("<I", data, segment + 64)
     for index in range(count):
-        name, _, _, size, offset, _, _, _, flags = struct.unpack_from("<16s16s2Q5I", data, segment + 72 + 80 * index)
-        if flags & 0xFF == S_CSTRING_LITERALS:
-            text = name.rstrip(b"\0").decode()
-            result.sections[text] = result.sections.get(text, b"") + data[offset : offset + size]
+        name, _, _, size, offset = struct.unpack_from("<16s16s2QI", data, segment + 72 + 80 * index)
+        if name.rstrip(b"\0") == b"__objc_methname":
+            result.selectors |= {one.decode() for one in data[offset : offset + size].split(b"\0") if one}
 
 
 def _read_undefined(result: MachO, data: mmap.mmap, offset: int, count: int, names: int, _size: int) -> None:

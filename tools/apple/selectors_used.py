@@ -24,9 +24,8 @@ _CLASS_CALL = re.compile(
 
 def of_extension(extension: MachO) -> tuple[set[str], set[str]]:
     """Selectors and classes in the compiled code."""
-    strings = extension.sections.get("__objc_methname", b"").split(b"\0")
-    selectors = {one.decode() for one in strings if one}
-    selectors |= {one.removeprefix(STUB_SYMBOL) for one in extension.undefined if one.startswith(STUB_SYMBOL)}
+    stubs = {one.removeprefix(STUB_SYMBOL) for one in extension.undefined if one.startswith(STUB_SYMBOL)}
+    selectors = extension.selectors | stubs
     classes = {one.removeprefix(CLASS_SYMBOL) for one in extension.undefined if one.startswith(CLASS_SYMBOL)}
     return selectors, classes
 
