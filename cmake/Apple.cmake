@@ -55,6 +55,8 @@ endif()
 add_library(metal_cpp INTERFACE)
 target_include_directories(metal_cpp SYSTEM INTERFACE "${METAL_CPP_DIR}")
 target_compile_features(metal_cpp INTERFACE cxx_std_20)
+# Messages of the extension name its files, not folders of the machine that built it.
+target_compile_options(metal_cpp INTERFACE "-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=" "-ffile-prefix-map=${METAL_MOE_TORCH_DIR}/=torch/")
 # Other extensions of the process may carry metal-cpp as well: each keeps its own tables.
 target_compile_definitions(metal_cpp INTERFACE METALCPP_SYMBOL_VISIBILITY_HIDDEN)
 target_link_libraries(metal_cpp INTERFACE "-framework Foundation" "-framework Metal" objc)

@@ -171,6 +171,7 @@ def attribute(world: World, extension: macho.MachO) -> tuple[dict[str, list[str]
 
 
 def check_extension(world: World, path: Path) -> macho.MachO:
+    """The extension as a Mac's loader will see it. CheckError where it would not load."""
     extension = macho.read(path)
     if extension.cpu != macho.CPU_ARM64 or extension.platform != macho.PLATFORM_MACOS:
         raise CheckError(f"{path.name} is not for macOS on arm64")
@@ -180,10 +181,7 @@ def check_extension(world: World, path: Path) -> macho.MachO:
     strangers = [one for one in extension.libraries if not one.startswith(SYSTEM) and one not in world.torch_files]
     if strangers:
         raise CheckError(f"{path.name} loads {', '.join(strangers)}")
-    found, unknown = attribute(world, extension)
-    print(f"check-apple: {len(extension.undefined)} undefined symbols, by the library that exports them:")
-    for library, symbols in sorted(found.items()):
-        print(f"  {len(symbols):4} {library}")
+    _, unknown = attribute(world, extension)
     if unknown:
         raise CheckError("undefined symbols that nothing exports:\n  " + "\n  ".join(unknown))
     strong = sorted(set(extension.undefined) & world.perhaps_absent - extension.weak)
@@ -202,6 +200,9 @@ def check(build: Path, name: str, cmake: list[str]) -> Path:
     path = build_extension(world, folder, cmake)
     print(f"check-apple: {check_sources(folder)} sources compiled and linked to {path.name}")
     extension = check_extension(world, path)
+    print(f"check-apple: {len(extension.undefined)} undefined symbols, by the library that exports them:")
+    for library, symbols in sorted(attribute(world, extension)[0].items()):
+        print(f"  {len(symbols):4} {library}")
     print(f"check-apple: macOS {'.'.join(map(str, extension.minimum_os))}, arm64, {len(extension.libraries)} libraries")
     used, missing = selectors_used.check(extension, ROOT / "csrc", world.metal_cpp, world.pyobjc)
     if missing:
