@@ -87,12 +87,10 @@ def prepare(build: Path) -> World:
     )
 
 
-def run(command: list[str], what: str, quiet: bool = True) -> str:
+def run(command: list[str], what: str) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise CheckError(f"{what} failed:\n{done.stdout.strip()[-6000:]}")
-    if not quiet:
-        print(done.stdout.strip())
     return done.stdout
 
 
@@ -100,11 +98,11 @@ def project_version() -> str:
     return re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
 
 
-def build_extension(world: World, folder: Path, extra: list[str]) -> Path:
-    """The extension, cross-built by the project's own CMake files."""
+def configure(world: World, folder: Path, extra: list[str]) -> str:
+    """Configures the project for macOS in `folder`; what CMake said."""
     import pybind11
 
-    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_TOOLCHAIN_FILE={TOOLCHAIN}"]
+    command = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_TOOLCHAIN_FILE={TOOLCHAIN}"]
     definitions = {
         "METAL_MOE_APPLE_SDK": world.sdk,
         "METAL_CPP_DIR": world.metal_cpp,
@@ -117,7 +115,13 @@ def build_extension(world: World, folder: Path, extra: list[str]) -> Path:
         "PYTHON_MODULE_EXTENSION": MODULE.removeprefix("_core"),
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
-    run([*configure, *(f"-D{name}={value}" for name, value in definitions.items()), *extra], "configuring for macOS")
+    command += [f"-D{name}={value}" for name, value in definitions.items()]
+    return run([*command, *extra], "configuring for macOS")
+
+
+def build_extension(world: World, folder: Path, extra: list[str]) -> Path:
+    """The extension, cross-built by the project's own CMake files."""
+    configure(world, folder, extra)
     run(["cmake", "--build", str(folder)], "compiling and linking for macOS")
     return next(folder.rglob(MODULE))
 

@@ -128,7 +128,8 @@ def _write_program(path: Path, zig: Path, tool: str, sdk: Path | None) -> None:
             "  esac",
             "done",
             # As Apple's own headers would: use nothing of libc++ that this macOS does not have.
-            f"common=(-target aarch64-macos.{MINIMUM_MACOS} -F'{sdk}/System/Library/Frameworks' -isystem '{sdk}/usr/include')",
+            f"common=(-target aarch64-macos.{MINIMUM_MACOS} -isystem '{sdk}/usr/include')",
+            f"common+=(-F'{sdk}/System/Library/Frameworks')",
             "common+=(-fno-sized-deallocation -g0 -U_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS)",
             "common+=(-D_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS=1)",
             f'[ $compile = 1 ] && exec \'{zig}\' {tool} "${{common[@]}}" "${{arguments[@]}}"',
