@@ -39,7 +39,7 @@ def test_info(capsys):
     assert result["versions"]["metal_moe"] == metal_moe.__version__
     engine = "mps" if sys.platform == "darwin" else "native"
     assert result["device"]["engine"] == engine
-    assert result["threads"] >= 1
+    assert result["threads"] >= (engine == "native")  # 0: no engine computes on the CPU
     status, out, _ = run(capsys, "info")
     assert status == 0
     assert metal_moe.__version__ in out and engine in out

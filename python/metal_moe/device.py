@@ -129,7 +129,7 @@ def set_num_threads(threads: int) -> None:
 
 
 def get_num_threads() -> int:
-    """Threads that compute CPU tensors."""
+    """Threads that compute CPU tensors; 0 on macOS, where only the GPU computes."""
     return _core.get_num_threads()
 
 
