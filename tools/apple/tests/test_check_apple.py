@@ -188,3 +188,8 @@ def test_other_files_are_refused(tmp_path):
     path.write_bytes(b"\x7fELF" + bytes(100))
     with pytest.raises(ValueError, match="no 64-bit Mach-O file"):
         macho.read(path)
+
+
+def test_pytorch_is_the_one_that_tests_run_with():
+    constraints = (check_apple.ROOT / "constraints.txt").read_text().splitlines()
+    assert check_apple.fetch.TORCH in [line.split(";")[0].strip() for line in constraints]
