@@ -13,6 +13,26 @@
 
 namespace metal_moe::bindings {
 
+namespace {
+
+/// PyTorch's encoder for the length of an operation. The next kernel is PyTorch's: it sets every buffer that it uses, but
+/// perhaps no threadgroup memory, so ours must not stay behind.
+class BorrowedEncoder {
+public:
+  explicit BorrowedEncoder(at::mps::MPSStream* stream)
+      : encoder_(apple::metal_object<MTL::ComputeCommandEncoder>(stream->commandEncoder())) {}
+  ~BorrowedEncoder() { encoder_->setThreadgroupMemoryLength(0, 0); }
+  BorrowedEncoder(const BorrowedEncoder&) = delete;
+  BorrowedEncoder& operator=(const BorrowedEncoder&) = delete;
+
+  MTL::ComputeCommandEncoder* get() const { return encoder_; }
+
+private:
+  MTL::ComputeCommandEncoder* encoder_; // PyTorch's
+};
+
+} // namespace
+
 void run_on_current_stream(Context& context, const std::function<void(CommandStream&)>& encode) {
   const pybind11::gil_scoped_release release;
   if (apple::uses_own_queue()) {
@@ -22,16 +42,11 @@ void run_on_current_stream(Context& context, const std::function<void(CommandStr
   at::mps::MPSStream* stream = at::mps::getCurrentMPSStream(); // another one at every call, perhaps
   apple::StreamScratch& scratch = apple::StreamScratch::of(stream);
   auto run = [&] {
-    auto* encoder = apple::metal_object<MTL::ComputeCommandEncoder>(stream->commandEncoder());
+    const BorrowedEncoder encoder(stream);
+    const auto allocate = [&](size_t bytes) { return scratch.allocate(context.pool(), bytes); };
     scratch.begin();
-    {
-      const auto allocate = [&](size_t bytes) { return scratch.allocate(context.pool(), bytes); };
-      CommandStream borrowed(nullptr, encoder, context.pool(), allocate);
-      encode(borrowed);
-    }
-    // The encoder is PyTorch's next kernel's as well, which sets every buffer that it uses, but perhaps no threadgroup
-    // memory.
-    encoder->setThreadgroupMemoryLength(0, 0);
+    CommandStream borrowed(nullptr, encoder.get(), context.pool(), allocate);
+    encode(borrowed);
   };
   apple::on_queue(stream, run);
 }
