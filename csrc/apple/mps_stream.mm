@@ -15,8 +15,8 @@ namespace metal_moe::bindings {
 
 namespace {
 
-/// PyTorch's encoder for the length of an operation. The next kernel is PyTorch's: it sets every buffer that it uses, but
-/// perhaps no threadgroup memory, so ours must not stay behind.
+/// PyTorch's encoder for the length of an operation. The next kernel is PyTorch's: it sets every buffer that it uses,
+/// but perhaps no threadgroup memory, so ours must not stay behind.
 class BorrowedEncoder {
 public:
   explicit BorrowedEncoder(at::mps::MPSStream* stream)
