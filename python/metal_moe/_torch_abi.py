@@ -25,7 +25,7 @@ def compare(built_with: str, running: str) -> None:
     raise ImportError(
         f"this metal_moe was built with PyTorch {built_with}, but PyTorch {running} is installed, and their binary "
         f"interfaces differ. Install torch=={release(built_with)}.*, or build metal_moe for the PyTorch that is there: "
-        "pip install --no-build-isolation --no-binary metal-moe metal-moe"
+        "`pip install --no-build-isolation .` in its sources"
     )
 
 
