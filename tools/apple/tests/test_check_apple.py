@@ -80,8 +80,9 @@ def test_an_undefined_symbol_fails_the_check(world, tmp_path):
         ("inline int f() { int unused; return 1; }", "unused variable"),
     ],
 )
-def test_a_compile_error_fails_the_check(tmp_path, text, message):
+def test_a_compile_error_fails_the_check(world, tmp_path, text, message):
     """In the product's own build: every source begins with one mistake more."""
+    check_apple.configure(world, BUILD / "planted", ["-DCMAKE_OBJCXX_FLAGS="])  # the compiler itself works
     header = tmp_path / "planted.h"
     header.write_text(text + "\n")
     done = run_check("--name", "planted", f"--cmake=-DCMAKE_OBJCXX_FLAGS=-include {header}")
