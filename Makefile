@@ -1,22 +1,26 @@
 # Two commands: `make demo` shows a layer run, `make test` runs every test. Each sets up what it needs (system packages
 # where it may, a virtual environment in .venv, the build in build/dev) and does again only what has changed.
 #
-#   make demo | test | check-msl | bench | lint | format | build | clean
+#   make demo | test | check-msl | bench | lint | format | build | check-apple | wheel-macos | clean
+#
+# check-apple and wheel-macos prove on Linux that the macOS side compiles and links, and assemble a wheel of it.
 #
 # PYTHON chooses the interpreter, JOBS the number of compilers at a time, PYTEST_ARGS what pytest is given,
 # METAL_MOE_KERNEL_COMPILER (environment) the compiler of the kernels.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-cpp test-python check-msl bench lint format build clean
+.PHONY: demo test test-cpp test-python check-msl bench lint format build check-apple wheel-macos clean
 
 # The first interpreter that the package supports.
 ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.{13,12,11,14,10}; do "$$p" -c \
   'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo "$$p" && break; done)
 endif
-JOBS ?= $(shell nproc)
-PYTEST_ARGS ?=
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+# macOS: PyTorch and metal-cpp are needed to build, and tests run on the GPU.
+MACOS := $(filter Darwin,$(shell uname))
+PYTEST_ARGS ?= $(if $(MACOS),--device mps)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,7 +39,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: $(INSTALLED)
 	$(BIN)/metal-moe demo
 
-test: test-cpp test-python
+# The C++ tests are of the stand-in for Metal, and of the core on top of it.
+test: $(if $(MACOS),,test-cpp) test-python
 
 test-cpp: $(INSTALLED)
 	@. $(SYSTEM); [ $$TESTS = ON ] || { echo "make test: the C++ tests need GoogleTest (Debian and Ubuntu: libgtest-dev);" \
@@ -60,7 +65,7 @@ bench: $(INSTALLED)
 	for script in bench/*.py; do $(BIN)/python "$$script"; done
 
 # The headers of Metal's own names have no extension; those in scan/ are empty.
-FORMATTED = $(shell git ls-files 'kernels/*.h' 'kernels/*.metal' 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' \
+FORMATTED = $(shell git ls-files 'kernels/*.h' 'kernels/*.metal' 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.mm' \
   'csrc/sim/msl/metal_*' 'tests/*.h' 'tests/*.metal' 'tests/*.cpp' 'tools/*.h' 'bench/*.cpp')
 
 lint: $(INSTALLED)
@@ -76,6 +81,14 @@ format: $(INSTALLED)
 
 build: $(INSTALLED)
 
+# What is downloaded and built lies in build/apple and serves the next time.
+check-apple: $(TOOLS)
+	$(BIN)/python tools/check_apple.py
+	$(BIN)/python -m pytest --quiet tools/apple/tests
+
+wheel-macos: $(TOOLS)
+	$(BIN)/python tools/wheel_macos.py
+
 clean:
 	rm -rf $(VENV) build
 
@@ -88,7 +101,8 @@ $(SYSTEM): tools/system_packages.sh
 $(TOOLS): $(SYSTEM) constraints.txt
 	@echo "make: setting up $(VENV)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet -c constraints.txt 'scikit-build-core>=0.11' 'pybind11>=2.13.6' 'cmake>=3.24' ninja
+	@$(PIP) install --quiet -c constraints.txt 'scikit-build-core>=0.11' 'pybind11>=2.13.6' 'cmake>=3.24' ninja \
+	  'pytest>=8' $(if $(MACOS),torch mlx-metal)
 	@touch $@
 
 # The package as a user gets it, with all it depends on. The first time pip shows what it downloads. CMake's files stay in $(BUILD) and serve the C++ tests too.

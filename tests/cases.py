@@ -24,6 +24,8 @@ PRECISIONS = [("fp32", True), ("fp16", True), ("bf16", True), ("fp16", False)]
 # What the tests run on (conftest.py): the device, and the engines that may compute there.
 DEVICE = torch.device("cpu")
 ENGINES = ["native", "exact"]
+# Of command buffers, by an operation: PyTorch commits its own.
+COMMITS = {"mps": 0}
 
 # Every edge of the selection table (1 | 2..16 | 17..32 | 33..) and of the row tiles 4, 8, 16, 32.
 TOKEN_EDGES = [0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,14 @@ settings.register_profile(
     "metal_moe", deadline=None, derandomize=True, max_examples=60, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("metal_moe")
+
+STAND_IN = (
+    "test_cuda_compile.py",
+    "test_environment.py",
+    "test_exact.py",
+    "test_metal_typing.py",
+    "test_translator.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,9 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Tests of one kind of device are collected where they are asked for: `--device cuda`."""
+    """Tests of one kind of device are collected where they are asked for: `--device cuda`, `--device mps`.
+
+    Those of the stand-in for Metal are collected where it is: macOS has Metal.
+    """
     kind = torch.device(config.getoption("--device")).type
-    return True if collection_path.name == "test_cuda.py" and kind != "cuda" else None
+    of_device = {"test_cuda.py": "cuda", "test_mps.py": "mps"}.get(collection_path.name, kind)
+    of_stand_in = sys.platform == "darwin" and collection_path.name in STAND_IN
+    return True if of_device != kind or of_stand_in else None
 
 
 @pytest.fixture
@@ -63,6 +77,8 @@ def use_engine(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callabl
     def use(engine: str) -> None:
         if engine == device.type:
             return
+        if sys.platform == "darwin":
+            pytest.skip(f"the {engine} engine belongs to the stand-in for Metal, which macOS does not have")
         if device.type != "cpu":
             on_device.unpatch(monkeypatch)
         monkeypatch.setenv("METAL_MOE_CPU_ENGINE", engine)
@@ -81,6 +97,8 @@ def exact_engine(use_engine: Callable[[str], None]):
 @pytest.fixture
 def num_threads():
     """Gives the function that sets the number of threads of `native`; restores it."""
+    if sys.platform == "darwin":
+        pytest.skip("no engine of a macOS build computes on threads of the CPU")
     before = metal_moe.get_num_threads()
     yield metal_moe.set_num_threads
     metal_moe.set_num_threads(before)

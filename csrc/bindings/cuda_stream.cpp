@@ -107,4 +107,7 @@ void run_on_current_stream(Context& context, const std::function<void(CommandStr
   stream.commit();
 }
 
+// PyTorch's allocator keeps it.
+void release_stream_scratch(Context&) {}
+
 } // namespace metal_moe::bindings

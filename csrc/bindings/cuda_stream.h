@@ -1,11 +1,12 @@
 // PyTorch's current CUDA stream and memory, for operations on CUDA tensors.
 #pragma once
 
+#include "torch_stream.h"
+
 #include "../core/caller_stream.h"
 
 #include <pybind11/pybind11.h>
 
-#include <functional>
 #include <vector>
 
 namespace metal_moe::bindings {
@@ -40,9 +41,5 @@ void* current_cuda_stream(int device);
 
 /// Number of the CUDA device whose engine is `engine` ("cuda", "cuda:1").
 int cuda_device_number(const std::string& engine);
-
-/// Encodes with `encode(stream)` and launches on PyTorch's current stream. With the interpreter's lock held, which is
-/// released meanwhile. ExecutionError naming the kernel where a launch fails.
-void run_on_current_stream(Context& context, const std::function<void(CommandStream&)>& encode);
 
 } // namespace metal_moe::bindings

@@ -1,8 +1,8 @@
 // metal_moe._core: the operations on PyTorch's tensors, for the package's Python code, which validates arguments. On
-// CPU tensors an operation runs to its end, on CUDA tensors it is launched on PyTorch's current stream; either without
-// the interpreter's lock.
-#include "cuda_stream.h"
+// CPU tensors an operation runs to its end, on CUDA and MPS tensors it is encoded on PyTorch's current stream; each
+// without the interpreter's lock.
 #include "tensors.h"
+#include "torch_stream.h"
 
 #include "../core/engine_controls.h"
 #include "../moe/fused_moe.h"
@@ -217,6 +217,12 @@ py::dict pool_stats(std::string_view engine_name) {
                   "buffers_idle"_a = s.buffers_idle);
 }
 
+size_t pool_trim(std::string_view engine_name) {
+  Context& context = MoeEngine::get(engine_name).context();
+  release_stream_scratch(context);
+  return context.pool().trim();
+}
+
 void checked_set_num_threads(int threads) {
   if (threads < 1)
     throw py::value_error("threads is " + std::to_string(threads) + ": must be at least 1");
@@ -224,6 +230,10 @@ void checked_set_num_threads(int threads) {
 }
 
 } // namespace
+
+#if defined(__APPLE__)
+void define_apple(py::module_& m); // apple/module.mm
+#endif
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Kernels and command encoding of metal_moe. Use the package metal_moe, which validates arguments.";
@@ -251,9 +261,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("last_dispatch", &last_dispatch_dict, "What this thread's last operation ran.");
   m.def("device_info", &device_info, "engine"_a);
   m.def("pool_stats", &pool_stats, "engine"_a, "Scratch buffers: counts and bytes.");
-  m.def(
-      "pool_trim", [](std::string_view engine) { return MoeEngine::get(engine).context().pool().trim(); }, "engine"_a,
-      "Frees idle scratch buffers; returns the bytes freed.");
+  m.def("pool_trim", &pool_trim, "engine"_a, "Frees idle scratch buffers; returns the bytes freed.");
   m.def(
       "set_library_path", [](std::string path) { MoeEngine::set_library_path(std::move(path)); }, "path"_a,
       "The metallib that engines load; before their first use.");
@@ -273,6 +281,9 @@ PYBIND11_MODULE(_core, m) {
       "library"_a, "kernel"_a, "architecture"_a,
       "The cubin of a kernel of the metallib for compute capability `architecture` (90: sm_90).");
   m.def("set_exact_seed", &set_exact_seed, "seed"_a, "Seed of the exact engine's schedule.");
+#if defined(__APPLE__)
+  define_apple(m);
+#endif
 }
 
 } // namespace metal_moe::bindings

@@ -14,7 +14,6 @@ struct Names {
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* stride = PyUnicode_InternFromString("stride");
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* element_size = PyUnicode_InternFromString("element_size");
   /// torch's dtype objects: one each, so identity is equality.
   std::array<std::pair<PyObject*, std::pair<Dtype, uint32_t>>, 5> dtypes;
@@ -86,13 +85,7 @@ TensorView read_tensor(Context& context, py::handle tensor, const char* name, ui
       return view;
     last += static_cast<uint64_t>(view.shape[i] - 1) * static_cast<uint64_t>(view.strides[i]);
   }
-  const py::object pointer = checked(PyObject_CallMethodNoArgs(tensor.ptr(), attributes.data_ptr));
-  view.address = PyLong_AsSize_t(pointer.ptr());
-  if (view.address == static_cast<uintptr_t>(-1) && PyErr_Occurred())
-    throw py::error_already_set();
-  if (view.address == 0) // no memory behind it: fake and meta tensors
-    throw py::value_error(std::string(name) + " has no memory to compute with");
-  view.buffer = context.wrap(reinterpret_cast<const void*>(view.address), (last + 1) * view.item_size);
+  locate(context, tensor, name, (last + 1) * view.item_size, view);
   return view;
 }
 

@@ -2,23 +2,11 @@
 
 #include "trace.h"
 
-#if !defined(__APPLE__)
 #include <metal_sim/control.h>
-#endif
-
-#include <stdexcept>
 
 namespace metal_moe {
 
 namespace {
-
-NS::SharedPtr<MTL::CommandBuffer> command_buffer_on(Context& context, [[maybe_unused]] void* handle) {
-#if defined(__APPLE__)
-  throw std::logic_error("device '" + context.device_name() + "' has no streams of the program");
-#else
-  return NS::TransferPtr(metal_sim::new_stream_command_buffer(context.caller_queue(), handle));
-#endif
-}
 
 NS::SharedPtr<MTL::ComputeCommandEncoder> open_encoder(MTL::CommandBuffer* commands) {
   AutoreleaseScope scope;
@@ -28,7 +16,8 @@ NS::SharedPtr<MTL::ComputeCommandEncoder> open_encoder(MTL::CommandBuffer* comma
 } // namespace
 
 CallerStream::CallerStream(Context& context, void* handle, CommandStream::Allocate allocate)
-    : commands_(command_buffer_on(context, handle)), encoder_(open_encoder(commands_.get())),
+    : commands_(NS::TransferPtr(metal_sim::new_stream_command_buffer(context.caller_queue(), handle))),
+      encoder_(open_encoder(commands_.get())),
       stream_(commands_.get(), encoder_.get(), context.pool(), std::move(allocate)) {}
 
 CallerStream::~CallerStream() {

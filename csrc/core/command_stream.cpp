@@ -31,7 +31,7 @@ CommandStream::~CommandStream() {
     wait_for_oldest();
 }
 
-void CommandStream::open() {
+void CommandStream::open_commands() {
   if (!encoding_) {
     if (spare_.empty()) {
       encoding_ = std::make_unique<Submission>();
@@ -40,9 +40,15 @@ void CommandStream::open() {
       spare_.pop_back();
     }
   }
+  if (encoding_->commands)
+    return;
   AutoreleaseScope scope;
-  if (!encoding_->commands)
-    encoding_->commands = NS::RetainPtr(queue_->commandBuffer());
+  encoding_->commands = NS::RetainPtr(queue_->commandBuffer());
+}
+
+void CommandStream::open() {
+  open_commands();
+  AutoreleaseScope scope;
   encoder_ = NS::RetainPtr(encoding_->commands->computeCommandEncoder());
 }
 
@@ -82,17 +88,37 @@ void CommandStream::on_completed(std::function<void()> handler) {
   encoding_->handlers.push_back(std::move(handler));
 }
 
+MTL::CommandBuffer* CommandStream::commands_between_dispatches(const char* operation) {
+  if (!owned())
+    throw std::logic_error(std::string(operation) + ": a borrowed stream is ordered by its owner");
+  open_commands();
+  if (encoder_)
+    encoder_->endEncoding();
+  encoder_.reset();
+  pipeline_ = nullptr;
+  return encoding_->commands.get();
+}
+
+void CommandStream::wait_for(const MTL::Event* event, uint64_t value) {
+  commands_between_dispatches("wait_for")->encodeWait(event, value);
+}
+
+void CommandStream::signal(const MTL::Event* event, uint64_t value) {
+  commands_between_dispatches("signal")->encodeSignalEvent(event, value);
+}
+
 void CommandStream::end_operation() {
   if (pending_dispatches_ >= policy_.max_dispatches || pending_bytes_ >= policy_.max_bytes)
     commit();
 }
 
 void CommandStream::commit() {
-  if (!owned() || !encoder_)
+  if (!owned() || !encoding_)
     return;
   while (!in_flight_.empty() && in_flight_.size() >= policy_.max_in_flight)
     wait_for_oldest();
-  encoder_->endEncoding();
+  if (encoder_)
+    encoder_->endEncoding();
   encoder_.reset();
   pipeline_ = nullptr;
   pending_dispatches_ = 0;
@@ -163,6 +189,10 @@ void CommandStream::synchronize() {
   commit();
   while (!in_flight_.empty())
     wait_for_oldest();
+  check();
+}
+
+void CommandStream::check() {
   std::string error;
   {
     std::lock_guard lock(mutex_);

@@ -87,12 +87,20 @@ public:
   /// exception it throws is kept like an error of the device. Owned streams only.
   void on_completed(std::function<void()> handler);
 
+  // Order between this stream and others, by events: no thread waits. Owned streams only. Dispatches encoded later run
+  // after the event has reached `value`; the event reaches `value` when all encoded before have run, which they do when
+  // the stream commits.
+  void wait_for(const MTL::Event* event, uint64_t value);
+  void signal(const MTL::Event* event, uint64_t value);
+
   /// End of an operation: commits where the policy says so.
   void end_operation();
   /// Commits what is encoded, if anything. May wait for the oldest command buffer in flight.
   void commit();
   /// Commits, waits for everything, and throws the first error kept since the last call (ExecutionError).
   void synchronize();
+  /// The same without commit and wait: throws what is known by now.
+  void check();
   /// Drops what is encoded and not committed; its scratch is free at once. For the path of an exception.
   void discard() noexcept;
 
@@ -111,7 +119,12 @@ private:
     bool done = false; // under mutex_
   };
 
+  /// A command buffer to encode into.
+  void open_commands();
+  /// An encoder of it.
   void open();
+  /// Ends the encoder, if one is open: what follows stands between dispatches.
+  MTL::CommandBuffer* commands_between_dispatches(const char* operation);
   void complete(Submission& submission, MTL::CommandBuffer* commands) noexcept; // on Metal's thread
   void wait_for_oldest();
   void recycle(std::unique_ptr<Submission> submission);

@@ -18,6 +18,16 @@ std::string name_of(MTL::Device* device) {
 
 std::string first_word(const std::string& text) { return text.substr(0, text.find(' ')); }
 
+/// What `engine` of an operation's record says.
+std::string engine_of(const std::string& device_name) {
+#if defined(__APPLE__)
+  (void)device_name;
+  return "mps";
+#else
+  return first_word(device_name);
+#endif
+}
+
 bool is_cuda(const std::string& name) { return name == "cuda" || name.starts_with("cuda:"); }
 
 #if !defined(__APPLE__)
@@ -42,7 +52,12 @@ NS::SharedPtr<MTL::Device> find_device(const std::string& name) {
   if (is_cuda(name))
     return find_cuda_device(name);
 #endif
-  if (name.empty()) {
+#if defined(__APPLE__)
+  const bool is_default = name.empty() || name == "mps";
+#else
+  const bool is_default = name.empty();
+#endif
+  if (is_default) {
     auto device = NS::TransferPtr(MTL::CreateSystemDefaultDevice());
     if (!device)
       throw std::invalid_argument("this machine has no Metal device");
@@ -64,9 +79,8 @@ NS::SharedPtr<MTL::Device> find_device(const std::string& name) {
 
 // The exact engine exists to find mistakes: scratch is poisoned on every loan there.
 Context::Context(const std::string& device_name, std::string library_path)
-    : device_(find_device(device_name)), name_(name_of(device_.get())), engine_(first_word(name_)),
-      library_(device_.get(), std::move(library_path)), pipelines_(device_.get(), library_),
-      pool_(device_.get(), engine_ == "exact") {
+    : device_(find_device(device_name)), name_(name_of(device_.get())), engine_(engine_of(name_)),
+      library_(device_.get(), std::move(library_path)), pipelines_(library_), pool_(device_.get(), engine_ == "exact") {
   if (is_cuda(engine_))
     caller_queue_ = NS::TransferPtr(device_->newCommandQueue());
 }

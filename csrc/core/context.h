@@ -17,7 +17,8 @@ namespace metal_moe {
 class Context {
 public:
   /// A context of its own for the device whose name begins with `device_name` ("native", "exact"; "cuda", "cuda:1", ...
-  /// where there are NVIDIA GPUs; "" is the system's default device), with the metallib at `library_path`.
+  /// where there are NVIDIA GPUs; on Apple's Metal "mps", as PyTorch calls the GPU; "" is the system's default device),
+  /// with the metallib at `library_path`.
   /// std::invalid_argument listing the devices where there is none of that name, std::runtime_error where the library
   /// cannot be loaded.
   Context(const std::string& device_name, std::string library_path);
@@ -29,7 +30,7 @@ public:
   PipelineCache& pipelines() { return pipelines_; }
   BufferPool& pool() { return pool_; }
 
-  /// First word of the device's name: "native", "exact", "cuda", "Apple".
+  /// First word of the device's name: "native", "exact", "cuda"; "mps" on Apple's Metal.
   const std::string& engine() const { return engine_; }
   /// The device's whole name.
   const std::string& device_name() const { return name_; }
@@ -37,8 +38,8 @@ public:
   /// A new owned stream with a queue of its own.
   std::unique_ptr<CommandStream> new_stream(const CommandStream::Policy& policy = {});
 
-  /// Whether operations run on streams of the program (CallerStream) instead of a queue of their own.
-  bool runs_on_caller_streams() const { return static_cast<bool>(caller_queue_); }
+  /// Whether operations run on streams of the program, PyTorch's, instead of a queue of their own.
+  bool runs_on_caller_streams() const { return on_apple() || caller_queue_; }
   /// What command buffers on streams of the program are made from; null where there are none.
   MTL::CommandQueue* caller_queue() const { return caller_queue_.get(); }
 
@@ -48,6 +49,14 @@ public:
 
 private:
   friend class StreamLease;
+
+  static constexpr bool on_apple() {
+#if defined(__APPLE__)
+    return true;
+#else
+    return false;
+#endif
+  }
 
   NS::SharedPtr<MTL::Device> device_;
   const std::string name_;

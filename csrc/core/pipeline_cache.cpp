@@ -1,20 +1,17 @@
 #include "pipeline_cache.h"
 
-#include <stdexcept>
-#include <string>
-
 namespace metal_moe {
 
-const Pipeline& PipelineCache::build(uint32_t index, const char* name) {
+const Pipeline& PipelineCache::build(uint32_t index, const char* name, uint32_t simdgroups) {
   std::lock_guard lock(mutex_);
   if (const Pipeline* pipeline = slots_[index].load(std::memory_order_relaxed))
     return *pipeline; // another thread was first
   AutoreleaseScope scope;
-  const auto function = library_.function(name);
-  NS::Error* error = nullptr;
-  auto state = NS::TransferPtr(device_->newComputePipelineState(function.get(), &error));
-  if (!state)
-    throw std::runtime_error(std::string("kernel '") + name + "': no pipeline: " + describe(error));
+  const auto descriptor = NS::TransferPtr(MTL::ComputePipelineDescriptor::alloc()->init());
+  descriptor->setComputeFunction(library_.function(name).get());
+  descriptor->setLabel(ns_string(name)); // what a GPU capture shows
+  descriptor->setMaxTotalThreadsPerThreadgroup(simdgroups * GPU_SIMD_WIDTH);
+  auto state = library_.new_pipeline(descriptor.get());
   const auto width = static_cast<uint32_t>(state->threadExecutionWidth());
   const auto max_threads = static_cast<uint32_t>(state->maxTotalThreadsPerThreadgroup());
   built_.push_back(std::make_unique<const Pipeline>(Pipeline{name, std::move(state), width, max_threads}));

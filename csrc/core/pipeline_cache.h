@@ -25,20 +25,23 @@ public:
   /// Kernels that a cache can hold.
   static constexpr uint32_t CAPACITY = 512;
 
-  PipelineCache(MTL::Device* device, const Library& library) : device_(device), library_(library) {}
+  explicit PipelineCache(const Library& library) : library_(library) {}
 
-  /// The pipeline of kernel `name`, whose number in the caller's kernel table is `index` (< CAPACITY). `name` must
-  /// have static storage and always be the same for an index. std::runtime_error naming the kernel where it cannot be
-  /// built; a later call tries again.
-  const Pipeline& get(uint32_t index, const char* name) {
+  /// The pipeline of kernel `name`, whose number in the caller's kernel table is `index` (< CAPACITY), for threadgroups
+  /// of at most `simdgroups` simdgroups: the compiler may then give each thread more registers. `name` must have static
+  /// storage and, like `simdgroups`, always be the same for an index. std::runtime_error naming the kernel where it
+  /// cannot be built; a later call tries again.
+  const Pipeline& get(uint32_t index, const char* name, uint32_t simdgroups) {
     const Pipeline* pipeline = slots_[index].load(std::memory_order_acquire);
-    return pipeline ? *pipeline : build(index, name);
+    return pipeline ? *pipeline : build(index, name, simdgroups);
   }
 
 private:
-  const Pipeline& build(uint32_t index, const char* name);
+  /// Threads of a simdgroup on every GPU; an engine with fewer needs less than the limit made from it.
+  static constexpr uint32_t GPU_SIMD_WIDTH = 32;
 
-  MTL::Device* device_;
+  const Pipeline& build(uint32_t index, const char* name, uint32_t simdgroups);
+
   const Library& library_;
   std::array<std::atomic<const Pipeline*>, CAPACITY> slots_{};
   std::mutex mutex_;

@@ -26,7 +26,8 @@ public:
   Context& context() { return context_; }
   const Tuning& tuning() const { return tuning_; }
   const Pipeline& pipeline(KernelIndex kernel) {
-    return context_.pipelines().get(kernel, kernel_table()[kernel].name.c_str());
+    return context_.pipelines().get(kernel, kernel_table()[kernel].name.c_str(),
+                                    kernel_simdgroups(kernel_table()[kernel]));
   }
 
 private:

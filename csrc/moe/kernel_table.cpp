@@ -1,6 +1,9 @@
 #include "kernel_table.h"
 
 #include "../core/pipeline_cache.h"
+#include "moe/combine.h"
+#include "moe/gather.h"
+#include "moe/group.h"
 
 #include <algorithm>
 #include <iterator>
@@ -61,6 +64,26 @@ std::string joined(const std::vector<std::string>& names) {
 std::span<const KernelEntry> kernel_table() {
   static const std::vector<KernelEntry> table = build_table();
   return table;
+}
+
+uint32_t kernel_simdgroups(const KernelEntry& kernel) {
+  switch (kernel.stage) {
+  case Stage::GateUp:
+  case Stage::Up:
+  case Stage::Down:
+    return kernel.variant->family <= Family::Prefill4 ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS;
+  case Stage::Route:
+    return ROUTE_SIMDGROUPS;
+  case Stage::Group:
+    return GROUP_SIMDGROUPS;
+  case Stage::PadGroups:
+    return PAD_SIMDGROUPS;
+  case Stage::Combine:
+    return COMBINE_SIMDGROUPS;
+  case Stage::Gather:
+    return GATHER_SIMDGROUPS;
+  }
+  return 0; // no such stage
 }
 
 const char* family_name(Family family, bool fp32_accumulation) {

@@ -1,5 +1,6 @@
 #include "command_queue.h"
 #include "compute_encoder.h"
+#include "event.h"
 #include "metal_sim/control.h"
 #include "spin.h"
 
@@ -23,6 +24,21 @@ void add_handler(const char* call, CommandBufferObject* buffer, std::vector<MTL:
   if (committed(buffer))
     misuse(call, "the command buffer has been committed");
   handlers.push_back(function);
+}
+
+void mark_event(const char* call, CommandBufferObject* buffer, const MTL::Event* event, bool signals, uint64_t value) {
+  if (!event)
+    misuse(call, "the event is null");
+  if (committed(buffer))
+    misuse(call, "the command buffer has been committed");
+  if (buffer->encoder)
+    misuse(call, "an encoder has not ended encoding");
+  if (buffer->on_stream)
+    misuse(call, "the command buffer runs on a stream of the program's");
+  auto* object = static_cast<EventObject*>(static_cast<MTL::SharedEvent*>(const_cast<MTL::Event*>(event)));
+  buffer->recording->retain(object);
+  const auto dispatches = uint32_t(buffer->recording->dispatches.size());
+  buffer->recording->events.push_back({dispatches, signals, object, value});
 }
 
 /// A handler that throws has nobody to catch it, here as on Apple: the program ends.
@@ -51,8 +67,13 @@ void CommandBufferObject::execute() {
   std::string failure;
   MTL::CommandBufferError code = MTL::CommandBufferErrorPageFault;
   try {
-    for (uint32_t i = 0; i < recording->dispatches.size() && failure.empty(); ++i)
-      failure = queue->device->engine.run(recording->dispatches[i], i);
+    auto mark = recording->events.begin();
+    for (uint32_t i = 0; i <= recording->dispatches.size(); ++i) {
+      for (; mark != recording->events.end() && mark->dispatches == i; ++mark)
+        mark->signals ? mark->event->signal(mark->value) : mark->event->wait(mark->value);
+      if (i < recording->dispatches.size() && failure.empty()) // a failed buffer still signals: nobody waits for ever
+        failure = queue->device->engine.run(recording->dispatches[i], i);
+    }
   } catch (const std::exception& exception) { // of the engine itself: out of memory
     failure = exception.what();
     code = MTL::CommandBufferErrorOutOfMemory;
@@ -121,6 +142,14 @@ ComputeCommandEncoder* CommandBuffer::computeCommandEncoder(DispatchType dispatc
   if (buffer->encoder)
     misuse("CommandBuffer::computeCommandEncoder", "the previous encoder has not ended encoding");
   return (new EncoderObject(NS::RetainPtr(buffer), dispatchType))->autorelease();
+}
+
+void CommandBuffer::encodeSignalEvent(const Event* event, uint64_t value) {
+  mark_event("CommandBuffer::encodeSignalEvent", impl(this), event, true, value);
+}
+
+void CommandBuffer::encodeWait(const Event* event, uint64_t value) {
+  mark_event("CommandBuffer::encodeWait", impl(this), event, false, value);
 }
 
 void CommandBuffer::enqueue() {

@@ -119,6 +119,48 @@ const KernelLibrary* open(const DeviceObject& device, const fs::path& file) {
 const LibraryObject* impl(const MTL::Library* library) { return static_cast<const LibraryObject*>(library); }
 const FunctionObject* impl(const MTL::Function* function) { return static_cast<const FunctionObject*>(function); }
 const PipelineObject* impl(const MTL::ComputePipelineState* state) { return static_cast<const PipelineObject*>(state); }
+DescriptorObject* impl(MTL::ComputePipelineDescriptor* descriptor) {
+  return static_cast<DescriptorObject*>(descriptor);
+}
+const DescriptorObject* impl(const MTL::ComputePipelineDescriptor* descriptor) {
+  return static_cast<const DescriptorObject*>(descriptor);
+}
+
+/// `descriptor` may be null: no limit of its own, and no label.
+MTL::ComputePipelineState* new_pipeline(MTL::Device* device, const MTL::Function* computeFunction,
+                                        const DescriptorObject* descriptor, NS::Error** error) {
+  if (!computeFunction) {
+    set_error(error, LIBRARY_ERROR_DOMAIN, MTL::LibraryErrorFunctionNotFound,
+              "newComputePipelineState: function is null");
+    return nullptr;
+  }
+  const FunctionObject* function = impl(computeFunction);
+  if (function->library->device != device) {
+    set_error(error, LIBRARY_ERROR_DOMAIN, MTL::LibraryErrorUnsupported,
+              std::string("newComputePipelineState: function '") + function->kernel->name +
+                  "' belongs to another device");
+    return nullptr;
+  }
+  try {
+    if (const std::string failure = function->library->device->engine.prepare(*function->kernel); !failure.empty())
+      throw std::runtime_error(failure);
+  } catch (const std::runtime_error& failure) {
+    set_error(error, LIBRARY_ERROR_DOMAIN, MTL::LibraryErrorCompileFailure, failure.what());
+    return nullptr;
+  }
+  // What no GPU has; an engine with fewer threads allows fewer.
+  if (descriptor && descriptor->max_threads > MAX_THREADS_PER_THREADGROUP) {
+    set_error(error, LIBRARY_ERROR_DOMAIN, MTL::LibraryErrorUnsupported,
+              std::string("newComputePipelineState: function '") + function->kernel->name +
+                  "': maxTotalThreadsPerThreadgroup is " + std::to_string(descriptor->max_threads) +
+                  ", the most there is " + std::to_string(MAX_THREADS_PER_THREADGROUP));
+    return nullptr;
+  }
+  auto* pipeline = new PipelineObject(function->library, function->kernel, descriptor ? descriptor->max_threads : 0);
+  if (descriptor && descriptor->label.get())
+    pipeline->label.set(descriptor->label.get());
+  return pipeline;
+}
 
 } // namespace
 
@@ -171,36 +213,38 @@ NS::String* Function::name() const { return metal_sim::string(impl(this)->kernel
 NS::String* Function::label() const { return impl(this)->label.get(); }
 void Function::setLabel(const NS::String* label) { static_cast<FunctionObject*>(this)->label.set(label); }
 
+ComputePipelineDescriptor* ComputePipelineDescriptor::alloc() { return new DescriptorObject; }
+ComputePipelineDescriptor* ComputePipelineDescriptor::init() { return this; }
+Function* ComputePipelineDescriptor::computeFunction() const { return impl(this)->function.get(); }
+void ComputePipelineDescriptor::setComputeFunction(const Function* computeFunction) {
+  impl(this)->function = NS::RetainPtr(const_cast<Function*>(computeFunction));
+}
+NS::String* ComputePipelineDescriptor::label() const { return impl(this)->label.get(); }
+void ComputePipelineDescriptor::setLabel(const NS::String* label) { impl(this)->label.set(label); }
+NS::UInteger ComputePipelineDescriptor::maxTotalThreadsPerThreadgroup() const { return impl(this)->max_threads; }
+void ComputePipelineDescriptor::setMaxTotalThreadsPerThreadgroup(NS::UInteger maxTotalThreadsPerThreadgroup) {
+  impl(this)->max_threads = maxTotalThreadsPerThreadgroup;
+}
+
 ComputePipelineState* Device::newComputePipelineState(const Function* computeFunction, NS::Error** error) {
-  if (!computeFunction) {
-    set_error(error, LIBRARY_ERROR_DOMAIN, LibraryErrorFunctionNotFound, "newComputePipelineState: function is null");
-    return nullptr;
-  }
-  const FunctionObject* function = impl(computeFunction);
-  if (function->library->device != this) {
-    set_error(error, LIBRARY_ERROR_DOMAIN, LibraryErrorUnsupported,
-              std::string("newComputePipelineState: function '") + function->kernel->name +
-                  "' belongs to another device");
-    return nullptr;
-  }
-  try {
-    if (const std::string failure = function->library->device->engine.prepare(*function->kernel); !failure.empty())
-      throw std::runtime_error(failure);
-  } catch (const std::runtime_error& failure) {
-    set_error(error, LIBRARY_ERROR_DOMAIN, LibraryErrorCompileFailure, failure.what());
-    return nullptr;
-  }
-  return new PipelineObject(function->library, function->kernel);
+  return new_pipeline(this, computeFunction, nullptr, error);
+}
+
+ComputePipelineState* Device::newComputePipelineState(const ComputePipelineDescriptor* descriptor, PipelineOption,
+                                                      const AutoreleasedComputePipelineReflection*, NS::Error** error) {
+  return new_pipeline(this, descriptor->computeFunction(), impl(descriptor), error);
 }
 
 Device* ComputePipelineState::device() const { return impl(this)->library->device; }
-NS::String* ComputePipelineState::label() const { return metal_sim::string(impl(this)->kernel->name); }
+NS::String* ComputePipelineState::label() const { return impl(this)->label.get(); }
 NS::UInteger ComputePipelineState::threadExecutionWidth() const { return impl(this)->simd_width; }
 NS::UInteger ComputePipelineState::staticThreadgroupMemoryLength() const { return 0; }
 
 NS::UInteger ComputePipelineState::maxTotalThreadsPerThreadgroup() const {
-  return std::min(impl(this)->kernel->max_total_threads_per_threadgroup,
-                  impl(this)->library->device->engine.max_threads_per_threadgroup());
+  const PipelineObject* pipeline = impl(this);
+  const uint32_t threads = std::min(pipeline->kernel->max_total_threads_per_threadgroup,
+                                    pipeline->library->device->engine.max_threads_per_threadgroup());
+  return pipeline->max_threads ? std::min<NS::UInteger>(threads, pipeline->max_threads) : threads;
 }
 
 } // namespace MTL

@@ -77,14 +77,23 @@ public:
   Label label;
 };
 
+class DescriptorObject final : public MTL::ComputePipelineDescriptor {
+public:
+  NS::SharedPtr<MTL::Function> function;
+  NS::UInteger max_threads = 0;
+  Label label;
+};
+
 class PipelineObject final : public MTL::ComputePipelineState {
 public:
-  PipelineObject(NS::SharedPtr<LibraryObject> library, const Kernel* kernel)
-      : library(library), kernel(kernel), simd_width(library->kernels->simd_width) {}
+  /// `max_threads`: the descriptor's limit per threadgroup; 0: none of its own.
+  PipelineObject(NS::SharedPtr<LibraryObject> library, const Kernel* kernel, NS::UInteger max_threads)
+      : library(library), kernel(kernel), simd_width(library->kernels->simd_width), max_threads(max_threads) {}
 
   const NS::SharedPtr<LibraryObject> library;
   const Kernel* const kernel;
   const uint32_t simd_width;
+  const NS::UInteger max_threads;
   mutable std::atomic<uint32_t> cost{0}; // see Dispatch
   Label label;
 };

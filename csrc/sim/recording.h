@@ -11,6 +11,7 @@
 namespace metal_sim {
 
 class BufferObject;
+class EventObject;
 class PipelineObject;
 
 /// Memory behind one buffer index of an encoder.
@@ -25,6 +26,14 @@ struct EncoderState {
   const PipelineObject* pipeline = nullptr;
   Binding buffers[MAX_BUFFERS];
   uint32_t threadgroup_bytes[MAX_THREADGROUP_ARGUMENTS] = {};
+};
+
+/// A wait for an event, or a signal to it, between dispatches.
+struct EventMark {
+  uint32_t dispatches; // how many come before it
+  bool signals;
+  EventObject* event; // retained by the recording
+  uint64_t value;
 };
 
 /// Recycled by the queue, so that encoding allocates nothing once warm.
@@ -45,6 +54,7 @@ public:
   void clear();
 
   std::vector<Dispatch> dispatches;
+  std::vector<EventMark> events;
   EncoderState state;
 
 private:

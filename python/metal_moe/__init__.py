@@ -7,7 +7,11 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 from pathlib import Path as _Path
 
-from . import _core
+from ._torch_abi import check_torch as _check_torch
+
+_check_torch()
+
+from . import _core  # noqa: E402 (the check comes first)
 
 # The kernels lie beside the extension; METAL_MOE_LIBRARY names another build of them.
 _core.set_library_path(_os.environ.get("METAL_MOE_LIBRARY") or str(_Path(_core.__file__).parent / "metal_moe.metallib"))
@@ -26,6 +30,7 @@ from .device import (  # noqa: E402 (the library's path comes first)
 )
 from .experts import fused_experts, fused_moe, gather_experts  # noqa: E402
 from .formats import QuantizedExperts  # noqa: E402
+from .gpu import Residency, capture, keep_resident  # noqa: E402
 from .grouping import GroupedTokens, group_tokens  # noqa: E402
 from .routing import fused_topk  # noqa: E402
 
@@ -38,7 +43,9 @@ __all__ = [
     "SUPPORTED_DEVICES",
     "GroupedTokens",
     "QuantizedExperts",
+    "Residency",
     "__version__",
+    "capture",
     "device_info",
     "fused_experts",
     "fused_moe",
@@ -46,6 +53,7 @@ __all__ = [
     "gather_experts",
     "get_num_threads",
     "group_tokens",
+    "keep_resident",
     "kernels",
     "last_dispatch",
     "pool_stats",

@@ -28,7 +28,7 @@ from torch.nn import Parameter
 
 from . import _core
 from ._nvrtc import nvrtc_library
-from ._validate import SHAPE_ONLY_DEVICE, choices
+from ._validate import SHAPE_ONLY_DEVICE, SUPPORTED_DEVICES, choices
 
 NAMESPACE = "metal_moe"
 CPU_ENGINE_VARIABLE = "METAL_MOE_CPU_ENGINE"
@@ -76,13 +76,19 @@ def engine_of(tensor: Tensor) -> str | None:
     """The engine that computes `tensor`; None where it has no memory (fake and meta tensors)."""
     if type(tensor) is not Tensor and isinstance(tensor, FakeTensor):
         return None
-    if tensor.is_cpu:
-        return cpu_engine()
-    if tensor.device.type == SHAPE_ONLY_DEVICE:
+    device = tensor.device
+    if device.type == SHAPE_ONLY_DEVICE:
         return None
-    if tensor.is_cuda:
-        return cuda_engine(tensor.device)
-    raise ValueError(f"no engine runs tensors on device {tensor.device}")
+    if device.type in SUPPORTED_DEVICES:
+        return engine_of_device(device)
+    raise ValueError(f"tensors are on device {device}; this build computes tensors on {choices(SUPPORTED_DEVICES)}")
+
+
+def engine_of_device(device: torch.device) -> str:
+    """The engine of a supported device."""
+    if device.type == "cpu":
+        return cpu_engine()
+    return cuda_engine(device) if device.type == "cuda" else device.type
 
 
 def operator(function: Callable[P, R] | None = None, *, name: str | None = None) -> Callable[P, R]:

@@ -7,6 +7,7 @@ tensors (`torch.compile`), where a size may be symbolic.
 """
 
 import math
+import sys
 from typing import NoReturn
 
 import torch
@@ -28,8 +29,10 @@ MAX_ASSIGNMENTS = 1 << 22
 MAX_SIZE = (1 << 31) - 1
 MAX_FLOAT = torch.finfo(torch.float32).max
 
-# Meta tensors have no engine; operations on them give shapes only.
-SUPPORTED_DEVICES = ("cpu", "cuda")
+# On macOS Apple's Metal computes, elsewhere the stand-in's engines. The first one is the default of functions that take
+# a device. Meta tensors have no engine; operations on them give shapes only.
+SUPPORTED_DEVICES = ("mps",) if sys.platform == "darwin" else ("cpu", "cuda")
+DEFAULT_DEVICE = SUPPORTED_DEVICES[0]
 SHAPE_ONLY_DEVICE = "meta"
 
 

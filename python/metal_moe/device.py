@@ -3,8 +3,8 @@
 import torch
 
 from . import _core
-from ._operator import cpu_engine, cuda_engine
-from ._validate import MAX_SIZE, SUPPORTED_DEVICES, check_bits, check_bool, check_int, choices
+from ._operator import engine_of_device
+from ._validate import DEFAULT_DEVICE, MAX_SIZE, SUPPORTED_DEVICES, check_bits, check_bool, check_int, choices
 
 __all__ = [
     "SUPPORTED_DEVICES",
@@ -62,7 +62,7 @@ def select_moe_kernel(
     return _core.select_moe_kernel(batch_size, use_fp32_acc, gate_bits, up_bits, down_bits)
 
 
-def kernels(device: str | torch.device = "cpu") -> list[dict]:
+def kernels(device: str | torch.device = DEFAULT_DEVICE) -> list[dict]:
     """Every kernel that exists for `device` (on CUDA devices compiled when first used, and kept on disk).
 
     Returns:
@@ -75,7 +75,7 @@ def kernels(device: str | torch.device = "cpu") -> list[dict]:
     return _core.kernels(_engine("kernels", device))
 
 
-def device_info(device: str | torch.device = "cpu") -> dict:
+def device_info(device: str | torch.device = DEFAULT_DEVICE) -> dict:
     """The engine that serves `device`.
 
     Returns:
@@ -100,8 +100,11 @@ def last_dispatch() -> dict:
     return _core.last_dispatch()
 
 
-def pool_stats(device: str | torch.device = "cpu") -> dict:
-    """Scratch memory that is kept between calls. On CUDA devices PyTorch keeps it: all of it is 0 there.
+def pool_stats(device: str | torch.device = DEFAULT_DEVICE) -> dict:
+    """Scratch memory that is kept between calls.
+
+    On CUDA devices PyTorch keeps it: all of it is 0 there. On MPS devices it stays in use, with PyTorch's stream, until
+    `pool_trim`.
 
     Returns:
         hits and misses (requests served from kept buffers, or by new ones), bytes and buffers in use and idle,
@@ -110,8 +113,9 @@ def pool_stats(device: str | torch.device = "cpu") -> dict:
     return _core.pool_stats(_engine("pool_stats", device))
 
 
-def pool_trim(device: str | torch.device = "cpu") -> int:
-    """Gives scratch memory that is not in use back to the system; returns how many bytes."""
+def pool_trim(device: str | torch.device = DEFAULT_DEVICE) -> int:
+    """Gives scratch memory that is not in use back to the system; returns how many bytes. On MPS devices what the
+    current stream holds follows when the GPU has run what PyTorch has given it."""
     return _core.pool_trim(_engine("pool_trim", device))
 
 
@@ -126,7 +130,7 @@ def set_num_threads(threads: int) -> None:
 
 
 def get_num_threads() -> int:
-    """Threads that compute CPU tensors."""
+    """Threads that compute CPU tensors; 0 on macOS, where only the GPU computes."""
     return _core.get_num_threads()
 
 
@@ -144,4 +148,4 @@ def _engine(op: str, device: str | torch.device) -> str:
     device = torch.device(device)
     if device.type not in SUPPORTED_DEVICES:
         raise ValueError(f'{op}: device is "{device}"; it must be {choices(SUPPORTED_DEVICES)}')
-    return cuda_engine(device) if device.type == "cuda" else cpu_engine()
+    return engine_of_device(device)

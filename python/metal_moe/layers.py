@@ -149,6 +149,7 @@ def make_layer(shape: LayerShape, dtype: torch.dtype, device: str | torch.device
         for weights in (w1, w2) if of_routed else (shared_w1, shared_w2):
             weights[index].normal_(0.0, weights.shape[2] ** -0.5, generator=generator)
 
+    # A GPU has one stream for all threads.
     with ThreadPoolExecutor(torch.get_num_threads() if w1.is_cpu else 1) as pool:
         list(pool.map(draw, range(total)))
     generator = torch.Generator().manual_seed(seed)

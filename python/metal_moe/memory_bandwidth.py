@@ -49,6 +49,8 @@ def copy_bandwidth(device: torch.device, passes: int = 7, buffer_bytes: int = DE
     if device.type == "cuda":
         # Two buffers in half of what is free.
         buffer_bytes = min(buffer_bytes, torch.cuda.mem_get_info(device)[0] // 4)
+    elif device.type == "mps":  # memory that the whole system shares, perhaps 8 GB in all
+        buffer_bytes = min(buffer_bytes, torch.mps.recommended_max_memory() // 8)
     source = torch.ones(buffer_bytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
 

@@ -49,6 +49,31 @@ TEST_F(Stream, DispatchesSeeWhatEarlierOnesWrote) {
   EXPECT_EQ(to, from);
 }
 
+TEST_F(Stream, EventsOrderStreams) {
+  const auto event = NS::TransferPtr(context.device()->newSharedEvent());
+  auto first = context.new_stream(), second = context.new_stream();
+  std::vector<int32_t> between(256, -1);
+  const TensorView middle = tensor(context, between, {256});
+  second->wait_for(event.get(), 1);
+  encode_copy(*second, native, middle.view(), destination.view(), 1024);
+  second->commit();
+  EXPECT_EQ(second->in_flight(), 1u);
+  encode_copy(*first, native, source.view(), middle.view(), 1024);
+  first->signal(event.get(), 1);
+  first->commit();
+  second->synchronize();
+  EXPECT_EQ(to, from);
+  first->synchronize();
+}
+
+TEST_F(Stream, CommitsEventsWithoutDispatches) {
+  const auto event = NS::TransferPtr(context.device()->newSharedEvent());
+  auto stream = context.new_stream();
+  stream->signal(event.get(), 5);
+  stream->synchronize();
+  EXPECT_EQ(event->signaledValue(), 5u);
+}
+
 TEST_F(Stream, SynchronizeWithoutWorkIsHarmless) {
   auto stream = context.new_stream();
   last_dispatch() = {};

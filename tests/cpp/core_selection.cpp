@@ -76,7 +76,7 @@ TEST(Context, ErrorsNameDeviceAndLibrary) {
   } catch (const std::runtime_error& error) {
     EXPECT_NE(std::string(error.what()).find("/nowhere/at.metallib"), std::string::npos) << error.what();
   }
-  EXPECT_THROW(engine("native").context().pipelines().get(KERNELS, "no_such_kernel"), std::runtime_error);
+  EXPECT_THROW(engine("native").context().pipelines().get(KERNELS, "no_such_kernel", 1), std::runtime_error);
 }
 
 TEST(Selection, FollowsThePublishedTable) {

@@ -79,6 +79,25 @@ TEST(Library, PipelinesTellTheirEngine) {
   EXPECT_EQ(native.pipeline("copy")->maxTotalThreadsPerThreadgroup(), 1u);
 }
 
+TEST(Pipeline, DescriptorLimitsThreads) {
+  Engine exact("exact");
+  const auto pipeline = [&](const char* kernel, NS::UInteger threads, NS::Error** error = nullptr) {
+    const auto descriptor = NS::TransferPtr(MTL::ComputePipelineDescriptor::alloc()->init());
+    descriptor->setComputeFunction(NS::TransferPtr(exact.library->newFunction(str(kernel))).get());
+    descriptor->setLabel(MTLSTR("a label"));
+    descriptor->setMaxTotalThreadsPerThreadgroup(threads);
+    return NS::TransferPtr(
+        exact.device->newComputePipelineState(descriptor.get(), MTL::PipelineOptionNone, nullptr, error));
+  };
+  EXPECT_EQ(pipeline("copy", 96)->maxTotalThreadsPerThreadgroup(), 96u);
+  EXPECT_STREQ(pipeline("copy", 96)->label()->utf8String(), "a label");
+  EXPECT_EQ(pipeline("copy", 0)->maxTotalThreadsPerThreadgroup(), 1024u);
+  EXPECT_EQ(pipeline("at_most_64_threads", 128)->maxTotalThreadsPerThreadgroup(), 64u);
+  NS::Error* error = nullptr;
+  EXPECT_FALSE(pipeline("copy", 2048, &error));
+  EXPECT_TRUE(mentions(error->localizedDescription()->utf8String(), {"copy", "2048", "1024"}));
+}
+
 TEST(Library, PipelinesStayOnTheirDevice) {
   Engine exact("exact"), native("native");
   const auto function = NS::TransferPtr(exact.library->newFunction(MTLSTR("copy")));

@@ -219,4 +219,39 @@ TEST(QueueErrors, AreKeptOnTheBufferAndOthersGoOn) {
   EXPECT_TRUE(all_are(contents(in), 1u)); // the dispatch behind the broken one did not run
 }
 
+TEST_F(Queue, EventsOrderQueues) {
+  const auto event = NS::TransferPtr(native.device->newSharedEvent());
+  EXPECT_EQ(event->signaledValue(), 0u);
+  const auto other = NS::TransferPtr(native.device->newCommandQueue());
+  auto* second = other->commandBuffer();
+  second->encodeWait(event.get(), 7);
+  second->encodeSignalEvent(event.get(), 8);
+  second->commit();
+  auto* first = wait_for_gate();
+  first->encodeSignalEvent(event.get(), 7);
+  first->commit();
+  std::this_thread::sleep_for(std::chrono::milliseconds(20)); // the queues' workers have begun
+  EXPECT_EQ(event->signaledValue(), 0u);
+  EXPECT_LT(second->status(), MTL::CommandBufferStatusCompleted);
+  open_gate();
+  second->waitUntilCompleted();
+  EXPECT_EQ(event->signaledValue(), 8u);
+  EXPECT_EQ(first->status(), MTL::CommandBufferStatusCompleted);
+  event->setSignaledValue(3);
+  EXPECT_EQ(event->signaledValue(), 8u) << "never lower";
+}
+
+TEST_F(Queue, EventsStandBetweenEncoders) {
+  const auto event = NS::TransferPtr(native.device->newSharedEvent());
+  auto* commands = native.queue->commandBuffer();
+  auto* encoder = commands->computeCommandEncoder();
+  EXPECT_THROW(commands->encodeSignalEvent(event.get(), 1), std::logic_error);
+  EXPECT_THROW(commands->encodeWait(event.get(), 1), std::logic_error);
+  encoder->endEncoding();
+  EXPECT_THROW(commands->encodeWait(nullptr, 1), std::logic_error);
+  commands->commit();
+  EXPECT_THROW(commands->encodeSignalEvent(event.get(), 1), std::logic_error);
+  commands->waitUntilCompleted();
+}
+
 } // namespace

@@ -8,6 +8,7 @@ import torch
 
 import metal_moe
 
+from .._validate import DEFAULT_DEVICE
 from .text import Progress
 
 NAME = "info"
@@ -15,7 +16,7 @@ HELP = "device, engine, kernel library, versions"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="a device of PyTorch (default: cpu)")
+    parser.add_argument("--device", default=DEFAULT_DEVICE, help="a device of PyTorch (default: %(default)s)")
 
 
 def run(options: argparse.Namespace, progress: Progress) -> dict:

@@ -4,6 +4,7 @@ import argparse
 
 import metal_moe
 
+from .._validate import DEFAULT_DEVICE
 from .text import Progress, table
 
 NAME = "kernels"
@@ -12,7 +13,7 @@ _COLUMNS = ("name", "family", "stage", "format", "dtype", "accumulation", "row_t
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="a device of PyTorch (default: cpu)")
+    parser.add_argument("--device", default=DEFAULT_DEVICE, help="a device of PyTorch (default: %(default)s)")
 
 
 def run(options: argparse.Namespace, progress: Progress) -> dict:

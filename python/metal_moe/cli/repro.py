@@ -16,6 +16,7 @@ import torch
 import metal_moe
 
 from .. import baselines, reference
+from .._validate import DEFAULT_DEVICE
 from ..layers import MIXTRAL_8X7B, LayerShape, make_layer
 from ..timing import median_seconds
 from .text import DTYPES, Progress, gigabytes, milliseconds, table
@@ -28,7 +29,7 @@ SMALLEST_SCALE = 1 / 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="any device of PyTorch (default: cpu)")
+    parser.add_argument("--device", default=DEFAULT_DEVICE, help="any device of PyTorch (default: %(default)s)")
     parser.add_argument("--scale", type=float, help="factor on H and I (default: the largest of 1, 1/2, ... that fits)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens (default: 128)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and activations (default: bf16)")

@@ -19,10 +19,14 @@ class Buffer;
 class CommandBuffer;
 class CommandQueue;
 class ComputeCommandEncoder;
+class ComputePipelineDescriptor;
+class ComputePipelineReflection;
 class ComputePipelineState;
 class Device;
+class Event;
 class Function;
 class Library;
+class SharedEvent;
 
 struct Size {
   Size() = default;
@@ -81,6 +85,9 @@ enum LibraryError : NS::UInteger {
   LibraryErrorFileNotFound = 6,
 };
 
+using PipelineOption = NS::UInteger;
+enum : PipelineOption { PipelineOptionNone = 0 };
+
 /// The stand-in runs concurrent dispatches one after another too.
 enum DispatchType : NS::UInteger { DispatchTypeSerial = 0, DispatchTypeConcurrent = 1 };
 
@@ -88,6 +95,8 @@ using BarrierScope = NS::UInteger;
 enum : BarrierScope { BarrierScopeBuffers = 1, BarrierScopeTextures = 1 << 1, BarrierScopeRenderTargets = 1 << 2 };
 
 using HandlerFunction = std::function<void(CommandBuffer*)>;
+/// The stand-in reflects nothing: pass null.
+using AutoreleasedComputePipelineReflection = ComputePipelineReflection*;
 
 class Allocation : public NS::Referencing<Allocation> {
 public:
@@ -127,6 +136,19 @@ public:
   Function* newFunction(const NS::String* functionName);
 };
 
+class ComputePipelineDescriptor : public NS::Copying<ComputePipelineDescriptor> {
+public:
+  static ComputePipelineDescriptor* alloc();
+  ComputePipelineDescriptor* init();
+  Function* computeFunction() const;
+  void setComputeFunction(const Function* computeFunction);
+  NS::String* label() const;
+  void setLabel(const NS::String* label);
+  /// Most threads per threadgroup that the pipeline will be dispatched with; 0: as many as the kernel allows.
+  NS::UInteger maxTotalThreadsPerThreadgroup() const;
+  void setMaxTotalThreadsPerThreadgroup(NS::UInteger maxTotalThreadsPerThreadgroup);
+};
+
 class ComputePipelineState : public NS::Referencing<ComputePipelineState, Allocation> {
 public:
   Device* device() const;
@@ -134,6 +156,20 @@ public:
   NS::UInteger maxTotalThreadsPerThreadgroup() const;
   NS::UInteger threadExecutionWidth() const;
   NS::UInteger staticThreadgroupMemoryLength() const;
+};
+
+class Event : public NS::Referencing<Event> {
+public:
+  Device* device() const;
+  NS::String* label() const;
+  void setLabel(const NS::String* label);
+};
+
+/// Orders command buffers of different queues, and the host: a value that only grows.
+class SharedEvent : public NS::Referencing<SharedEvent, Event> {
+public:
+  uint64_t signaledValue() const;
+  void setSignaledValue(uint64_t signaledValue);
 };
 
 class CommandEncoder : public NS::Referencing<CommandEncoder> {
@@ -165,6 +201,10 @@ public:
 
   ComputeCommandEncoder* computeCommandEncoder();
   ComputeCommandEncoder* computeCommandEncoder(DispatchType dispatchType);
+  /// Sets the event's value when all that was encoded before has run.
+  void encodeSignalEvent(const Event* event, uint64_t value);
+  /// What is encoded after runs when the event's value is at least this.
+  void encodeWait(const Event* event, uint64_t value);
   void enqueue();
   void commit();
   /// May execute this and earlier buffers of the queue, and their completion handlers, on the calling thread.
@@ -215,6 +255,10 @@ public:
   /// A directory of kernel libraries (one per engine and processor level) or a single one.
   Library* newLibrary(const NS::String* filepath, NS::Error** error);
   ComputePipelineState* newComputePipelineState(const Function* computeFunction, NS::Error** error);
+  ComputePipelineState* newComputePipelineState(const ComputePipelineDescriptor* descriptor, PipelineOption options,
+                                                const AutoreleasedComputePipelineReflection* reflection,
+                                                NS::Error** error);
+  SharedEvent* newSharedEvent();
 };
 
 /// Owned by the caller. Native engine.

@@ -1,0 +1,3 @@
+// The one name of MetalPerformanceShaders that PyTorch's MPSStream.h uses.
+#pragma once
+@class MPSCommandBuffer;
