@@ -20,10 +20,11 @@ settings.register_profile(
 settings.load_profile("metal_moe")
 
 STAND_IN = (
+    "test_check_msl.py",
     "test_cuda_compile.py",
     "test_environment.py",
     "test_exact.py",
-    "test_metal_typing.py",
+    "test_metal_cpp.py",
     "test_translator.py",
 )
 

@@ -71,11 +71,14 @@ uint32_t kernel_simdgroups(const KernelEntry& kernel) {
   case Stage::GateUp:
   case Stage::Up:
   case Stage::Down:
-    return kernel.variant->family <= Family::Prefill4 ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS;
+    if (kernel.variant->matrix)
+      return GEMM_SIMDGROUPS;
+    return kernel.variant->family == Family::Decode && kernel.stage == Stage::Down ? DOWN_DECODE_SIMDGROUPS
+                                                                                   : GEMV_SIMDGROUPS;
   case Stage::Route:
     return ROUTE_SIMDGROUPS;
   case Stage::Group:
-    return GROUP_SIMDGROUPS;
+    return GROUP_MAX_SIMDGROUPS;
   case Stage::PadGroups:
     return PAD_SIMDGROUPS;
   case Stage::Combine:

@@ -77,7 +77,7 @@ constexpr KernelIndex combine_kernel(Dtype dtype) { return COMBINE_KERNELS + sta
 /// All kernels by index. The strings live as long as the program.
 std::span<const KernelEntry> kernel_table();
 
-/// Simdgroups of a threadgroup of the kernel, on a GPU.
+/// The most simdgroups of a threadgroup of the kernel, on a GPU.
 uint32_t kernel_simdgroups(const KernelEntry& kernel);
 
 /// "moe_decode", ...; with "_fp32acc" for fp32 accumulation.

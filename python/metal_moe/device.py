@@ -95,7 +95,8 @@ def last_dispatch() -> dict:
     Returns:
         operation ("fused_moe", ...), engine, family (of the expert kernels, as `select_moe_kernel` names it; "" where
         none ran), kernels (names in order), dispatches, commits (of command buffers), row_tile (rows of one expert per
-        threadgroup), tile_n (columns of a tile, see `select_moe_kernel`) and vectorized (whether rows were aligned for vector loads).
+        threadgroup), tile_n (columns of a tile, see `select_moe_kernel`) and vectorized (whether rows were aligned for
+        vector loads).
     """
     return _core.last_dispatch()
 
