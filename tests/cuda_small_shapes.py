@@ -26,8 +26,8 @@ def run_layer(family: str, tokens: int, hidden: int, intermediate: int, dtype: s
 def main() -> int:
     for family in FAMILIES:
         shapes = [(72, 40)] if family == "moe_simd" else [(72, 40), (67, 35)]
-        # Rows per expert decide the row tile: 8, 16 and 32 where a family has them.
-        tokens = {"moe_decode": [2], "moe_prefill4": [9], "moe_base": [9]}.get(family, [9, 30, 70])
+        # Rows per expert decide the row tile: 8 to 128 where a family has them.
+        tokens = {"moe_decode": [2], "moe_prefill4": [9], "moe_base": [9]}.get(family, [9, 20, 30, 70, 150])
         for dtype, acc in PRECISIONS:
             for hidden, intermediate in shapes:
                 for count in tokens:
