@@ -42,9 +42,8 @@ SHARED_CONSTANT uint GEMM_SIMDGROUPS = 4;
 
 /// Tiles of K in threadgroup memory at a time, at most: one that is multiplied, the others on their way.
 SHARED_CONSTANT uint GEMM_MAX_STAGES = 3;
-/// Beside the stages: one 8x8 fp32 fragment of gate and of up per simdgroup. An engine whose rows need no padding has
-/// tiles of its own, from which nothing is exchanged.
-constexpr uint gemm_fragment_bytes(uint pad_bytes) { return pad_bytes ? GEMM_SIMDGROUPS * 2 * 64 * 4 : 0; }
+/// One 8x8 fp32 fragment of gate and of up per simdgroup, beside the stages.
+SHARED_CONSTANT uint GEMM_FRAGMENT_BYTES = GEMM_SIMDGROUPS * 2 * 64 * 4;
 
 /// How a matrix family's threadgroup uses its memory.
 struct GemmStages {
@@ -57,7 +56,7 @@ struct GemmStages {
 /// follow each row. A stage takes the largest power of two of K with which it fits, up to 128 bytes with weights, 512
 /// without.
 constexpr GemmStages gemm_stages(uint row_tile, uint weight_rows, uint pad_bytes, uint limit) {
-  const uint rows = row_tile + weight_rows, room = limit - gemm_fragment_bytes(pad_bytes);
+  const uint rows = row_tile + weight_rows, room = limit - GEMM_FRAGMENT_BYTES;
   uint k_bytes = weight_rows ? 128 : 512;
   while (rows * (k_bytes + pad_bytes) > room)
     k_bytes /= 2;
@@ -67,7 +66,7 @@ constexpr GemmStages gemm_stages(uint row_tile, uint weight_rows, uint pad_bytes
 }
 constexpr uint gemm_threadgroup_bytes(uint row_tile, uint weight_rows, uint pad_bytes, uint limit) {
   const GemmStages staging = gemm_stages(row_tile, weight_rows, pad_bytes, limit);
-  return staging.stages * staging.stage_bytes + gemm_fragment_bytes(pad_bytes);
+  return staging.stages * staging.stage_bytes + GEMM_FRAGMENT_BYTES;
 }
 
 /// Threadgroup memory of decode's down: a sum per simdgroup and column.

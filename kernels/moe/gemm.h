@@ -189,7 +189,6 @@ struct GemmTile {
                 bool vectorized, threadgroup uchar* memory, uint simdgroup, uint lane) thread {
     const uint thread_index = simdgroup * SIMD_WIDTH + lane;
     RowStager<T, ROW_TILE, K_TILE, Layout> rows;
-    rows.start(source, count, thread_index);
     TileWeights<STAGE_WEIGHTS, T, ROW_TILE, TILE_N, COLUMNS, K_TILE, Layout> tile_weights;
     tile_weights.start(weights, tile_column, Sums::first_column(simdgroup), K, thread_index);
 
@@ -198,9 +197,18 @@ struct GemmTile {
     // With one stage a tile of K is copied when all have read the one before; with more the copies run STAGES - 1 tiles
     // ahead, into the stage that all have read when they pass the barrier.
     constexpr uint AHEAD = STAGES - 1;
+    // At first all weights, whose places are known while those of the rows are still being read.
     UNROLL
     for (uint step = 0; step < AHEAD; ++step)
-      copy_stage(rows, tile_weights, memory, step, steps, K, vectorized);
+      if (step < steps)
+        tile_weights.copy(stage(memory, step), step * K_TILE, K, vectorized);
+    rows.start(source, count, thread_index);
+    UNROLL
+    for (uint step = 0; step < AHEAD; ++step) {
+      if (step < steps)
+        rows.copy(stage(memory, step), step * K_TILE, K, vectorized);
+      copy_commit();
+    }
     for (uint step = 0; step < steps; ++step) {
       if (AHEAD > 0)
         copy_wait<AHEAD - 1>();
