@@ -91,7 +91,7 @@ struct RowStager {
     count = rows;
     first_row = thread_index / THREADS_PER_ROW;
     first_vector = thread_index % THREADS_PER_ROW;
-    UNROLL
+    UNROLL_SHARE
     for (uint pass = 0; pass < PASSES; ++pass)
       from[pass] = source.at(min(first_row + pass * ROWS_PER_PASS, count - 1));
   }
@@ -106,12 +106,12 @@ struct RowStager {
 private:
   template <bool VECTORIZED>
   void copy(threadgroup T* tile, uint k0, uint K) thread const {
-    UNROLL
+    UNROLL_SHARE
     for (uint pass = 0; pass < PASSES; ++pass) {
       const uint row = first_row + pass * ROWS_PER_PASS;
       if (ROWS % ROWS_PER_PASS != 0 && row >= ROWS)
         break;
-      UNROLL
+      UNROLL_SHARE
       for (uint i = 0; i < VECTORS / THREADS_PER_ROW; ++i) {
         const uint v = first_vector + i * THREADS_PER_ROW;
         threadgroup T* to = tile + Layout::at(row, v * COUNT);

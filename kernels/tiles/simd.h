@@ -32,4 +32,10 @@ inline uint divide_up(uint a, uint b) { return (a + b - 1) / b; }
 #else
 #define UNROLL _Pragma("GCC unroll 64")
 #endif
+// The same where the count is a lane's share: of one-thread simdgroups that is everything, too much to write out.
+#if SIMD_WIDTH == 1
+#define UNROLL_SHARE
+#else
+#define UNROLL_SHARE UNROLL
+#endif
 #endif
