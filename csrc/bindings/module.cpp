@@ -5,6 +5,7 @@
 #include "tensors.h"
 
 #include "../core/engine_controls.h"
+#include "../moe/encode_trellis.h"
 #include "../moe/fused_moe.h"
 #include "moe/group.h"
 
@@ -170,6 +171,32 @@ void gather_experts(std::string_view engine_name, py::handle weights, py::handle
       [&](CommandStream& stream) { encode_gather(stream, engine, weights_view, ids_tensor, out_view); });
 }
 
+void dequantize_trellis(std::string_view engine_name, py::handle codes, py::handle suh, py::handle svh, py::handle out,
+                        int64_t half_bits, int64_t codebook) {
+  MoeEngine& engine = MoeEngine::get(engine_name);
+  Context& context = engine.context();
+  const TensorView codes_view = read_tensor(context, codes, "codes", 3);
+  const TensorView suh_view = read_tensor(context, suh, "suh", 2);
+  const TensorView svh_view = read_tensor(context, svh, "svh", 2);
+  const TensorView out_view = read_tensor(context, out, "out", 3);
+  run(engine, "dequantize_trellis", [&](CommandStream& stream) {
+    encode_dequantize_trellis(stream, engine, codes_view, suh_view, svh_view, size_argument("half_bits", half_bits),
+                              size_argument("codebook", codebook), out_view);
+  });
+}
+
+void viterbi(std::string_view engine_name, py::handle values, py::handle table, py::handle states_out,
+             int64_t half_bits) {
+  MoeEngine& engine = MoeEngine::get(engine_name);
+  Context& context = engine.context();
+  const TensorView values_view = read_tensor(context, values, "values", 2);
+  const TensorView table_view = read_tensor(context, table, "table", 1);
+  const TensorView states = read_tensor(context, states_out, "states", 2);
+  run(engine, "viterbi", [&](CommandStream& stream) {
+    encode_viterbi(stream, engine, values_view, table_view, size_argument("half_bits", half_bits), states);
+  });
+}
+
 std::pair<std::string, uint32_t> select(int64_t batch_size, bool use_fp32_acc, std::optional<int64_t> gate_bits,
                                         std::optional<int64_t> up_bits, std::optional<int64_t> down_bits) {
   const Selection selection = select_moe_kernel(batch_size, use_fp32_acc, gate_bits, up_bits, down_bits);
@@ -245,6 +272,10 @@ PYBIND11_MODULE(_core, m) {
         "limit"_a, "fp32_acc"_a, "family"_a, "Routing and experts of a layer in one command buffer.");
   m.def("gather_experts", &gather_experts, "engine"_a, "weights"_a, "ids"_a, "out"_a,
         "out [n, ...] = weights [E, ...] of the experts ids [n]; zeros where an id is out of range.");
+  m.def("dequantize_trellis", &dequantize_trellis, "engine"_a, "codes"_a, "suh"_a, "svh"_a, "out"_a, "half_bits"_a,
+        "codebook"_a, "out fp32 [n, rows, columns] of trellis codes int32 [n, columns / 16, words], sizes padded.");
+  m.def("viterbi", &viterbi, "engine"_a, "values"_a, "table"_a, "states_out"_a, "half_bits"_a,
+        "Closed walks, states_out int32 [n, 256], near values fp32 [n, 256]; table fp32 [65536]: values of states.");
   m.def("select_moe_kernel", &select, "batch_size"_a, "use_fp32_acc"_a, "gate_bits"_a = py::none(),
         "up_bits"_a = py::none(), "down_bits"_a = py::none(), "(name, tile_n) of the published selection.");
   m.def("kernels", &kernels, "engine"_a, "The kernel table, checked against the engine's library.");

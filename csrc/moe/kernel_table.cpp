@@ -16,8 +16,9 @@ constexpr const char* FAMILY_NAMES[FAMILIES][2] = {{"moe_decode", "moe_decode_fp
                                                    {"moe_base", "moe_base_fp32acc"},
                                                    {"moe_large_batch", "moe_large_batch_fp32acc"},
                                                    {"moe_simd", "moe_simd_fp32acc"}};
-constexpr const char* STAGE_NAMES[] = {"gate_up", "up",         "down",    "route",
-                                       "group",   "pad_groups", "combine", "gather_experts"};
+constexpr const char* STAGE_NAMES[] = {
+    "gate_up", "up", "down", "route", "group", "pad_groups", "combine", "gather_experts", "dequantize_trellis",
+    "viterbi"};
 constexpr Dtype FLOATS[] = {Dtype::Fp32, Dtype::Fp16, Dtype::Bf16};
 
 /// "gate_up_large_batch_fp32acc_m16_bf16": stage, family, accumulation, row tile, dtype.
@@ -42,7 +43,9 @@ std::vector<KernelEntry> build_table() {
   for (auto [index, stage] : {std::pair{ROUTE_KERNEL, Stage::Route},
                               {GROUP_KERNEL, Stage::Group},
                               {PAD_GROUPS_KERNEL, Stage::PadGroups},
-                              {GATHER_KERNEL, Stage::Gather}})
+                              {GATHER_KERNEL, Stage::Gather},
+                              {DEQUANTIZE_TRELLIS_KERNEL, Stage::DequantizeTrellis},
+                              {VITERBI_KERNEL, Stage::Viterbi}})
     table[index] = {stage_name(stage), stage, nullptr, Dtype::Other, false};
   for (Dtype dtype : FLOATS)
     table[combine_kernel(dtype)] = {std::string("combine_") + dtype_name(dtype), Stage::Combine, nullptr, dtype, false};

@@ -18,7 +18,7 @@ namespace metal_moe {
 enum class Family : uint8_t { Decode, Prefill4, Base, LargeBatch, Simd };
 constexpr uint32_t FAMILIES = 5;
 
-enum class Stage : uint8_t { GateUp, Up, Down, Route, Group, PadGroups, Combine, Gather };
+enum class Stage : uint8_t { GateUp, Up, Down, Route, Group, PadGroups, Combine, Gather, DequantizeTrellis, Viterbi };
 
 /// A family at one row tile: what the expert kernels are compiled for.
 struct Variant {
@@ -65,7 +65,9 @@ constexpr KernelIndex GROUP_KERNEL = EXPERT_KERNELS + 1;
 constexpr KernelIndex PAD_GROUPS_KERNEL = EXPERT_KERNELS + 2;
 constexpr KernelIndex GATHER_KERNEL = EXPERT_KERNELS + 3;
 constexpr KernelIndex COMBINE_KERNELS = EXPERT_KERNELS + 4; // fp32, fp16, bf16
-constexpr KernelIndex KERNELS = COMBINE_KERNELS + 3;
+constexpr KernelIndex DEQUANTIZE_TRELLIS_KERNEL = COMBINE_KERNELS + 3;
+constexpr KernelIndex VITERBI_KERNEL = COMBINE_KERNELS + 4;
+constexpr KernelIndex KERNELS = COMBINE_KERNELS + 5;
 
 /// Kernel of a variant (index into VARIANTS), an expert stage and a dtype. fp16 accumulation exists for fp16 only.
 constexpr KernelIndex expert_kernel(uint32_t variant, Stage stage, Dtype dtype, bool fp32_accumulation) {
