@@ -6,6 +6,7 @@
 
 #include "../core/engine_controls.h"
 #include "../moe/encode_trellis.h"
+#include "../moe/encode_trellis_experts.h"
 #include "../moe/fused_moe.h"
 #include "moe/group.h"
 
@@ -171,6 +172,42 @@ void gather_experts(std::string_view engine_name, py::handle weights, py::handle
       [&](CommandStream& stream) { encode_gather(stream, engine, weights_view, ids_tensor, out_view); });
 }
 
+/// The buffers of a part, from place `first` of a list.
+QuantizedPart read_trellis_part(Context& context, const py::sequence& tensors, size_t first, const char* name) {
+  QuantizedPart part;
+  for (TensorView* view : {&part.codes, &part.scales, &part.biases})
+    *view = read_tensor(context, py::object(tensors[first++]), name, 1);
+  part.table = read_tensor(context, py::object(tensors[first]), name, 2);
+  return part;
+}
+
+void trellis_experts(std::string_view engine_name, py::handle x, const py::sequence& w1, const py::sequence& w2,
+                     py::handle topk_weights, py::handle topk_ids, py::handle out, py::handle b1, py::handle b2,
+                     int activation, bool interleaved, float alpha, float limit, int64_t intermediate) {
+  MoeEngine& engine = MoeEngine::get(engine_name);
+  Context& context = engine.context();
+  ExpertsLayer layer;
+  layer.gate = read_trellis_part(context, w1, 0, "w1");
+  if (w1.size() == 8)
+    layer.up = read_trellis_part(context, w1, 4, "w1");
+  layer.down = read_trellis_part(context, w2, 0, "w2");
+  layer.intermediate = size_argument("intermediate size of w2", intermediate);
+  layer.bias1 = read_tensor(context, b1, "w1_bias", 2, true);
+  layer.bias2 = read_tensor(context, b2, "w2_bias", 2, true);
+  layer.activation = enumerator("activation", activation, ACTIVATION_SWIGLU_CLAMP);
+  layer.interleaved = interleaved;
+  layer.alpha = alpha;
+  layer.limit = limit;
+  const TensorView x_view = read_tensor(context, x, "hidden_states", 2);
+  const TensorView weights = read_tensor(context, topk_weights, "topk_weights", 2);
+  const TensorView ids = read_tensor(context, topk_ids, "topk_ids", 2);
+  const TensorView out_view = read_tensor(context, out, "out", 2);
+  run(engine, "fused_experts", [&](CommandStream& stream) {
+    encode_trellis_experts(stream, engine, x_view, layer, ids_view(ids), weights_view(weights),
+                           size_argument("top_k of topk_ids", ids.shape[1]), out_view);
+  });
+}
+
 void dequantize_trellis(std::string_view engine_name, py::handle codes, py::handle suh, py::handle svh, py::handle out,
                         int64_t half_bits, int64_t codebook) {
   MoeEngine& engine = MoeEngine::get(engine_name);
@@ -272,6 +309,9 @@ PYBIND11_MODULE(_core, m) {
         "limit"_a, "fp32_acc"_a, "family"_a, "Routing and experts of a layer in one command buffer.");
   m.def("gather_experts", &gather_experts, "engine"_a, "weights"_a, "ids"_a, "out"_a,
         "out [n, ...] = weights [E, ...] of the experts ids [n]; zeros where an id is out of range.");
+  m.def("trellis_experts", &trellis_experts, "engine"_a, "x"_a, "w1"_a, "w2"_a, "topk_weights"_a, "topk_ids"_a, "out"_a,
+        "b1"_a, "b2"_a, "activation"_a, "interleaved"_a, "alpha"_a, "limit"_a, "intermediate"_a,
+        "fused_experts with the buffers of trellis parts: of gate and up, or of one without a gate, and of down.");
   m.def("dequantize_trellis", &dequantize_trellis, "engine"_a, "codes"_a, "suh"_a, "svh"_a, "out"_a, "half_bits"_a,
         "codebook"_a, "out fp32 [n, rows, columns] of trellis codes int32 [n, columns / 16, words], sizes padded.");
   m.def("viterbi", &viterbi, "engine"_a, "values"_a, "table"_a, "states_out"_a, "half_bits"_a,

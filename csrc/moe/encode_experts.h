@@ -8,11 +8,25 @@
 
 namespace metal_moe {
 
+/// One projection of all experts, quantised: buffers and table of docs/formats.md. Without a table: absent.
+struct QuantizedPart {
+  TensorView codes;
+  TensorView scales;
+  TensorView biases;
+  TensorView table; // int32 [E, 16]
+
+  explicit operator bool() const { return bool(table); }
+};
+
 /// Weights and options of the experts, shapes as fused_experts of the Python package documents them. Absent tensors are
 /// empty views.
 struct ExpertsLayer {
   TensorView w1;             // [E, 2I, H], relu2: [E, I, H]
   TensorView w2;             // [E, H, I]
+  QuantizedPart gate;        // in place of w1; relu2: its one matrix
+  QuantizedPart up;          // absent where there is no gate
+  QuantizedPart down;        // in place of w2
+  uint32_t intermediate = 0; // I, where `down` is given: records are not read here
   TensorView bias1;          // [E, 2I] or [E, I]
   TensorView bias2;          // [E, H]
   TensorView shared_w1;      // [N, 2Is, H] or [N, Is, H]

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <tuple>
 
 namespace metal_moe {
 
@@ -47,6 +48,12 @@ std::vector<KernelEntry> build_table() {
                               {DEQUANTIZE_TRELLIS_KERNEL, Stage::DequantizeTrellis},
                               {VITERBI_KERNEL, Stage::Viterbi}})
     table[index] = {stage_name(stage), stage, nullptr, Dtype::Other, false};
+  for (auto [index, name, stage] : {std::tuple{TRELLIS_PRODUCT_M1_KERNEL, "trellis_product_m1", Stage::TrellisProduct},
+                                    {TRELLIS_PRODUCT_M4_KERNEL, "trellis_product_m4", Stage::TrellisProduct},
+                                    {ROTATE_INPUTS_KERNEL, "rotate_inputs", Stage::Rotate},
+                                    {ROTATE_ACTIVATIONS_KERNEL, "rotate_activations", Stage::Rotate},
+                                    {ROTATE_OUTPUTS_KERNEL, "rotate_outputs", Stage::Rotate}})
+    table[index] = {name, stage, nullptr, Dtype::Other, false};
   for (Dtype dtype : FLOATS)
     table[combine_kernel(dtype)] = {std::string("combine_") + dtype_name(dtype), Stage::Combine, nullptr, dtype, false};
   return table;

@@ -31,13 +31,13 @@ struct DecodeBlock {
     for (uint task = thread_index; task < BLOCK_TILES * BLOCK_TILES * TRELLIS_RUNS; task += THREADS) {
       const uint run = task % TRELLIS_RUNS, tile = task / TRELLIS_RUNS;
       const uint tile_row = tile % BLOCK_TILES, tile_column = tile / BLOCK_TILES;
-      half value[TRELLIS_RUN];
+      float value[TRELLIS_RUN];
       trellis_decode<HALF_BITS, CODEBOOK>(
           tiles + ulong(tile_column) * row_stride + tile_row * (trellis_tile_bytes(HALF_BITS) / 4), run, value);
       device float* to = block + ulong(tile_row * TRELLIS_TILE) * columns + tile_column * TRELLIS_TILE;
       UNROLL
       for (uint i = 0; i < TRELLIS_RUN; ++i)
-        to[ulong(trellis_output(run, i)) * columns + trellis_input(run, i)] = float(value[i]);
+        to[ulong(trellis_output(run, i)) * columns + trellis_input(run, i)] = value[i];
     }
   }
 };

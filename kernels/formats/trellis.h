@@ -31,20 +31,35 @@ constexpr constant uint TRELLIS_WORD_BITS = 32; // 32: bits of a word
 inline uint trellis_input(uint run, uint i) { return 2 * (run & 3) + (i & 1) + 8 * (i >> 1 & 1); }
 inline uint trellis_output(uint run, uint i) { return (run >> 2) + 8 * (i >> 2); }
 
-/// The value of a 16-bit state.
+#ifdef METAL_SIM_NATIVE
+/// fp32 rounded to fp16, and an fp16 as fp32, for values that are normal or zero as fp16, as those of codebooks are:
+/// integer arithmetic that a processor's compiler makes vectors of.
+inline float trellis_round(float value) {
+  const uint bits = as_type<uint>(value);
+  return as_type<float>((bits + 0xFFFu + (bits >> 13 & 1)) & 0xFFFFE000u);
+}
+inline float trellis_half(uint bits) {
+  return as_type<float>(((bits & 0x8000u) << 16) | (((bits & 0x7FFFu) << 13) + 0x38000000u));
+}
+#else
+inline float trellis_round(float value) { return float(half(value)); }
+inline float trellis_half(uint bits) { return float(as_type<half>(ushort(bits))); }
+#endif
+
+/// The value of a 16-bit state, an fp16.
 template <uint CODEBOOK>
-inline half trellis_value(uint state) {
+inline float trellis_value(uint state) {
   if (CODEBOOK == TRELLIS_MUL1) {
     const uint product = state * 0x83DCD12Du;
     const uint pairs = (product & 0x00FF00FFu) + ((product >> 8) & 0x00FF00FFu);
     const uint bytes = (pairs & 0xFFFFu) + (pairs >> 16); // the sum of the product's four bytes
     // EXL3 has an fp16 fma. The product fits fp32, so that this rounds once too, and to the same fp16 in all states.
-    return half(fma(float(1024 + bytes), 887.0f / 131072.0f, -10.3828125f));
+    return trellis_round(fma(float(1024 + bytes), 887.0f / 131072.0f, -10.3828125f));
   }
   const uint product = CODEBOOK == TRELLIS_MCG ? state * 0xCBAC1FEDu : state * 89226354u + 64248484u;
   // Of each half the sign and the low bits stay, the exponent becomes one near that of 1.
   const uint halves = (product & 0x8FFF8FFFu) ^ 0x3B603B60u;
-  return half(float(as_type<half>(ushort(halves & 0xFFFFu))) + float(as_type<half>(ushort(halves >> 16))));
+  return trellis_round(trellis_half(halves & 0xFFFFu) + trellis_half(halves >> 16));
 }
 
 /// Bits `begin` to `begin` + 31 of the words from `word` on, `begin` < 32.
@@ -90,12 +105,29 @@ struct TrellisRun {
 
 /// The 8 values of a run.
 template <uint HALF_BITS, uint CODEBOOK>
-inline void trellis_decode(device const uint* tile, uint run, thread half (&value)[TRELLIS_RUN]) {
+inline void trellis_decode(device const uint* tile, uint run, thread float (&value)[TRELLIS_RUN]) {
   TrellisRun<HALF_BITS> words;
   words.load(tile, run);
   UNROLL
   for (uint i = 0; i < TRELLIS_RUN; ++i)
     value[i] = trellis_value<CODEBOOK>(words.state(i));
+}
+
+/// The 256 values of a tile, in the ring's order.
+template <uint HALF_BITS, uint CODEBOOK>
+inline void trellis_decode_tile(device const uint* tile, thread float (&value)[TRELLIS_RUNS * TRELLIS_RUN]) {
+  constexpr uint WORDS = 4 * HALF_BITS;
+  uint ring[WORDS + 2]; // the last word before the first, for states that begin there; and one to read beyond it
+  ring[0] = tile[WORDS - 1];
+  for (uint i = 0; i < WORDS; ++i)
+    ring[i + 1] = tile[i];
+  ring[WORDS + 1] = 0;
+  for (uint t = 0; t < TRELLIS_RUNS * TRELLIS_RUN; ++t) {
+    const uint begin = (t + 1) * HALF_BITS / 2 + TRELLIS_WORD_BITS - TRELLIS_STATE_BITS;
+    const uint word = begin / TRELLIS_WORD_BITS;
+    value[t] = trellis_value<CODEBOOK>(trellis_bits(ring[word], ring[word + 1], begin % TRELLIS_WORD_BITS) >>
+                                       (TRELLIS_WORD_BITS - TRELLIS_STATE_BITS));
+  }
 }
 
 /// work.run<HALF_BITS, CODEBOOK>() for a whole rate.
