@@ -26,19 +26,36 @@ struct DecodeBlock {
   uint columns;
   uint thread_index;
 
+  template <uint HALF_BITS>
+  device const uint* words(uint tile) thread const {
+    return tiles + ulong(tile / BLOCK_TILES) * row_stride + tile % BLOCK_TILES * (trellis_tile_bytes(HALF_BITS) / 4);
+  }
+
+  /// Weight i of a run.
+  void store(uint tile, uint run, uint i, float value) thread const {
+    const uint row = tile % BLOCK_TILES * TRELLIS_TILE + trellis_output(run, i);
+    block[ulong(row) * columns + tile / BLOCK_TILES * TRELLIS_TILE + trellis_input(run, i)] = value;
+  }
+
   template <uint HALF_BITS, uint CODEBOOK>
   void run() thread const {
+#if SIMD_WIDTH == 1
+    for (uint tile = 0; tile < BLOCK_TILES * BLOCK_TILES; ++tile) {
+      float value[TRELLIS_RUNS * TRELLIS_RUN];
+      trellis_decode_tile<HALF_BITS, CODEBOOK>(words<HALF_BITS>(tile), value);
+      for (uint t = 0; t < TRELLIS_RUNS * TRELLIS_RUN; ++t)
+        store(tile, t / TRELLIS_RUN, t % TRELLIS_RUN, value[t]);
+    }
+#else
     for (uint task = thread_index; task < BLOCK_TILES * BLOCK_TILES * TRELLIS_RUNS; task += THREADS) {
       const uint run = task % TRELLIS_RUNS, tile = task / TRELLIS_RUNS;
-      const uint tile_row = tile % BLOCK_TILES, tile_column = tile / BLOCK_TILES;
       float value[TRELLIS_RUN];
-      trellis_decode<HALF_BITS, CODEBOOK>(
-          tiles + ulong(tile_column) * row_stride + tile_row * (trellis_tile_bytes(HALF_BITS) / 4), run, value);
-      device float* to = block + ulong(tile_row * TRELLIS_TILE) * columns + tile_column * TRELLIS_TILE;
+      trellis_decode<HALF_BITS, CODEBOOK>(words<HALF_BITS>(tile), run, value);
       UNROLL
       for (uint i = 0; i < TRELLIS_RUN; ++i)
-        to[ulong(trellis_output(run, i)) * columns + trellis_input(run, i)] = value[i];
+        store(tile, run, i, value[i]);
     }
+#endif
   }
 };
 

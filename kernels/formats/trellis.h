@@ -116,6 +116,9 @@ inline void trellis_decode(device const uint* tile, uint run, thread float (&val
 /// The 256 values of a tile, in the ring's order.
 template <uint HALF_BITS, uint CODEBOOK>
 inline void trellis_decode_tile(device const uint* tile, thread float (&value)[TRELLIS_RUNS * TRELLIS_RUN]) {
+#if defined(METAL_SIM_NATIVE) && defined(__AVX512BW__)
+  metal_sim::trellis_decode_tile<HALF_BITS, CODEBOOK>(tile, value);
+#else
   constexpr uint WORDS = 4 * HALF_BITS;
   uint ring[WORDS + 2]; // the last word before the first, for states that begin there; and one to read beyond it
   ring[0] = tile[WORDS - 1];
@@ -128,6 +131,7 @@ inline void trellis_decode_tile(device const uint* tile, thread float (&value)[T
     value[t] = trellis_value<CODEBOOK>(trellis_bits(ring[word], ring[word + 1], begin % TRELLIS_WORD_BITS) >>
                                        (TRELLIS_WORD_BITS - TRELLIS_STATE_BITS));
   }
+#endif
 }
 
 /// work.run<HALF_BITS, CODEBOOK>() for a whole rate.

@@ -47,14 +47,14 @@ struct TrellisProduct {
           sum[tile][r][t] = 0.0f;
     for (uint k = 0; k < inputs; k += TRELLIS_TILE) {
       float ordered[R][ROUND];
-      for (uint r = 0; r < R; ++r)
+      for (uint r = 0; r < count; ++r)
         for (uint t = 0; t < ROUND; ++t)
           ordered[r][t] = x[r][k + trellis_input(t / TRELLIS_RUN, t % TRELLIS_RUN)];
       device const uint* row = codes + ulong(k / TRELLIS_TILE) * row_stride;
       for (uint tile = 0; tile < TILES; ++tile) {
         float weight[WEIGHTS];
         trellis_decode_tile<HALF_BITS, CODEBOOK>(row + tile * (trellis_tile_bytes(HALF_BITS) / 4), weight);
-        for (uint r = 0; r < R; ++r)
+        for (uint r = 0; r < count; ++r)
           for (uint first = 0; first < WEIGHTS; first += ROUND)
             for (uint t = 0; t < ROUND; ++t)
               sum[tile][r][first + t] += weight[first + t] * ordered[r][t];
