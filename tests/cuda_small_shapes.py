@@ -12,6 +12,7 @@ import sys
 import metal_moe
 import torch
 from cases import DTYPES, FAMILIES, PRECISIONS, assert_close, make_layer
+from metal_moe import QuantizedExperts
 
 ran: set[str] = set()
 
@@ -21,6 +22,21 @@ def run_layer(family: str, tokens: int, hidden: int, intermediate: int, dtype: s
     out = layer.to(torch.device("cuda")).run(kernel=family)
     ran.update(metal_moe.last_dispatch()["kernels"])
     assert_close(out, layer.reference(), f"{layer} {family}")
+
+
+def run_quantized(family: str, tokens: int, dtype: str, **options) -> None:
+    """Gate and up of different bits, and blocks of another format after them."""
+    layer = make_layer(tokens, 96, 32, 5, 2, DTYPES[dtype], routing="dropped", bias=True, **options)
+    bits = 5 if options else {"gate": 6, "up": [2, 3, 4, 8, 4]}
+    w1 = QuantizedExperts.quantize(layer.w1, format="affine", bits=bits, group_size=32)
+    w2 = QuantizedExperts.quantize(layer.w2, format="mxfp4")
+    layer.w1, layer.w2 = w1.dequantize(torch.float64), w2.dequantize(torch.float64)
+    expected = layer.reference()
+    on = layer.to(torch.device("cuda"))
+    on.w1, on.w2 = w1.to("cuda"), w2.to("cuda")
+    out = on.run(kernel=family)
+    ran.update(metal_moe.last_dispatch()["kernels"])
+    assert_close(out, expected, f"{layer} {family} quantized")
 
 
 def main() -> int:
@@ -33,6 +49,10 @@ def main() -> int:
                 for count in tokens:
                     run_layer(family, count, hidden, intermediate, dtype, acc, bias=True, routing="dropped")
                     run_layer(family, count, hidden, intermediate, dtype, acc, activation="relu2")
+        for dtype in DTYPES if family != "moe_simd" else ():
+            for count in tokens:
+                run_quantized(family, count, dtype)
+                run_quantized(family, count, dtype, activation="relu2")
     logits = torch.randn(37, 70, device="cuda")
     for scoring in ("softmax", "sigmoid", "sqrt_softplus", "topk_softmax"):
         _, ids = metal_moe.fused_topk(logits, 6, scoring=scoring, num_expert_group=7, topk_group=3)

@@ -27,12 +27,12 @@ def route_options(tokens, experts):
 )
 def test_selection_table(batch, family, tile_n, use_fp32_acc):
     name = family + ("_fp32acc" if use_fp32_acc else "")
-    for bits in (None, 16, 32):
+    for bits in (None, *range(1, 9), 16, 32):
         assert metal_moe.select_moe_kernel(batch, use_fp32_acc, bits, bits, bits) == (name, tile_n)
     assert metal_moe.select_moe_kernel(batch, use_fp32_acc) == (name, tile_n)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 3, 7, 17, 64, -16])
+@pytest.mark.parametrize("bits", [0, 9, 15, 17, 64, -16, -1])
 @pytest.mark.parametrize("argument", ["gate_bits", "up_bits", "down_bits"])
 def test_selection_rejects_bits_without_kernels(argument, bits):
     with pytest.raises(ValueError, match=f"{argument}.*{bits}|{bits}.*{argument}"):
@@ -75,6 +75,8 @@ def test_kernel_table(use_engine, engine):
             for tile in tiles:
                 for stage in ("gate_up", "up", "down"):
                     assert f"{stage}_{family}{accumulation}{tile}_{dtype}" in names
+                    if acc and family != "simd" and tile != "_m32":
+                        assert f"{stage}_quantized_{family}{accumulation}{tile}_{dtype}" in names
 
 
 def test_engines_have_the_same_kernels(use_engine):

@@ -4,8 +4,6 @@ import cases
 import metal_moe
 import pytest
 import torch
-from metal_moe import _core
-from metal_moe._operator import engine_of
 from metal_moe.formats import QuantizedExperts
 from test_formats_trellis import exl3_linear
 
@@ -26,25 +24,21 @@ def experts(rows: int, columns: int, kinds: list[tuple[float, str]], seed: int) 
     return QuantizedExperts.from_exl3(linears, shape=(rows, columns))
 
 
-def buffers(*parts) -> list[torch.Tensor]:
-    return [t.to(cases.DEVICE) for part in parts for t in (part.codes, part.scales, part.biases, part.table)]
+def pair(gate_up: list[QuantizedExperts]) -> QuantizedExperts:
+    """As w1."""
+    if len(gate_up) == 1:
+        return gate_up[0]
+    return QuantizedExperts({"gate": gate_up[0].parts["weight"], "up": gate_up[1].parts["weight"]})
 
 
-def run(x, gate_up, down, weights, ids, activation="silu", bias1=None, bias2=None, interleaved=False):
-    moved = [None if t is None else t.to(cases.DEVICE) for t in (x, weights, ids, bias1, bias2)]
-    out = torch.empty_like(moved[0], memory_format=torch.contiguous_format)
-    w1 = buffers(*(part.parts["weight"] for part in gate_up))
-    w2 = buffers(down.parts["weight"])
-    number = ACTIVATIONS.index(activation)
-    _core.trellis_experts(
-        engine_of(out), moved[0], w1, w2, moved[1], moved[2], out, moved[3], moved[4], number, interleaved, 1.702, 7.0,
-        down.shape[2],
-    )  # fmt: skip
-    return out.cpu()
+def run(x, gate_up, down, weights, ids, activation="silu", bias1=None, bias2=None):
+    return metal_moe.fused_experts(
+        x, pair(gate_up), down, weights, ids, activation=activation, w1_bias=bias1, w2_bias=bias2
+    )
 
 
-def check(x, gate_up, down, weights, ids, activation="silu", bias1=None, bias2=None, interleaved=False):
-    got = run(x, gate_up, down, weights, ids, activation, bias1, bias2, interleaved)
+def check(x, gate_up, down, weights, ids, activation="silu", bias1=None, bias2=None):
+    got = run(x, gate_up, down, weights, ids, activation, bias1, bias2)
     names = metal_moe.last_dispatch()["kernels"]
     assert [name.replace("_m1", "").replace("_m4", "") for name in names if name != "group"] == KERNELS
     assert ("group" in names) == (x.shape[0] > 1)
@@ -58,8 +52,6 @@ def check(x, gate_up, down, weights, ids, activation="silu", bias1=None, bias2=N
             if not 0 <= expert < E:
                 continue
             bias = None if bias1 is None else bias1[expert].double()
-            if bias is not None and interleaved:
-                bias = torch.cat([bias[0::2], bias[1::2]])
             h = w1[expert] @ x[token].double()
             h = h if bias is None else h + bias
             h = activate(activation, h)
@@ -123,14 +115,13 @@ def test_sizes_that_were_rounded_up(tokens, engine, use_engine):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_activations_and_biases(activation, interleaved):
+def test_activations_and_biases(activation):
     gated = activation != "relu2"
     values = layer(128, 72, MIXES["6_2_3"], 3, torch.float32, gated=gated)
     generator = torch.Generator().manual_seed(5)
     bias1 = torch.randn(E, (2 if gated else 1) * 72, generator=generator)
     bias2 = torch.randn(E, 128, generator=generator)
-    check(*values, activation, bias1, bias2, interleaved and gated)
+    check(*values, activation, bias1, bias2)
 
 
 @pytest.mark.parametrize("engine", cases.ENGINES)
@@ -150,3 +141,34 @@ def test_any_order_of_threads_gives_the_same(exact_engine):
         exact_engine(seed)
         results.append(run(*values))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_routing_in_the_same_call():
+    x, gate_up, down, _, _ = layer(128, 128, MIXES["6_2_3"], 4, torch.float16)
+    logits = torch.randn(4, E, generator=torch.Generator().manual_seed(6))
+    got = metal_moe.fused_moe(x, pair(gate_up), down, logits, 2)
+    assert metal_moe.last_dispatch()["kernels"][:2] == ["route", "group"]
+    assert torch.equal(got, run(x, gate_up, down, *metal_moe.fused_topk(logits, 2)))
+
+
+def test_a_fused_w1():
+    x, _, down, weights, ids = layer(128, 128, MIXES["6_2_3"], 3, torch.float32)
+    w1 = experts(256, 128, [(3, "mul1")], 50)
+    gate, up = w1.gate_up()
+    apart = QuantizedExperts({"gate": gate, "up": up})
+    got = metal_moe.fused_experts(x, w1, down, weights, ids)
+    assert torch.equal(got, metal_moe.fused_experts(x, apart, down, weights, ids))
+
+
+def test_what_is_refused():
+    x, gate_up, down, weights, ids = layer(128, 128, MIXES["6_2_3"], 2, torch.float32)
+    dense = torch.zeros(E, 128, 128)
+    affine = QuantizedExperts.quantize(dense, format="affine")
+    with pytest.raises(ValueError, match="kernel is moe_base; it must be None with trellis weights"):
+        metal_moe.fused_experts(x, pair(gate_up), down, weights, ids, kernel="moe_base")
+    for other in (dense, affine):
+        with pytest.raises(ValueError, match="w2 is of another format; it must be trellis"):
+            metal_moe.fused_experts(x, pair(gate_up), other, weights, ids)
+    mixed = QuantizedExperts.cat([QuantizedExperts({"weight": down.parts["weight"]}), affine])
+    with pytest.raises(ValueError, match=r"w2 is affine \(expert 3\); it must be of a format that kernels decode"):
+        metal_moe.fused_experts(x, pair(gate_up), mixed, weights, ids)

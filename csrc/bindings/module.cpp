@@ -6,7 +6,6 @@
 
 #include "../core/engine_controls.h"
 #include "../moe/encode_trellis.h"
-#include "../moe/encode_trellis_experts.h"
 #include "../moe/fused_moe.h"
 #include "moe/group.h"
 
@@ -50,14 +49,45 @@ RoutingOptions routing_options(int scoring, uint32_t groups, uint32_t topk_group
           scale};
 }
 
+/// The buffers of a part, from place `first` of a list.
+QuantizedPart read_part(Context& context, const py::sequence& tensors, size_t first, const char* name) {
+  QuantizedPart part;
+  for (TensorView* view : {&part.codes, &part.scales, &part.biases})
+    *view = read_tensor(context, py::object(tensors[first++]), name, 1);
+  part.table = read_tensor(context, py::object(tensors[first]), name, 2);
+  return part;
+}
+
+/// Weights: a list of one dense tensor, or of four or eight buffers of one or two quantised parts.
+void read_weights(Context& context, py::handle weights, const char* name, TensorView& dense, QuantizedPart& first,
+                  QuantizedPart* second) {
+  if (!PyList_Check(weights.ptr()) && !PyTuple_Check(weights.ptr())) {
+    dense = read_tensor(context, weights, name, 3);
+    return;
+  }
+  const auto tensors = py::reinterpret_borrow<py::sequence>(weights);
+  if (tensors.size() == 1) {
+    dense = read_tensor(context, py::object(tensors[0]), name, 3);
+    return;
+  }
+  if (tensors.size() != 4 && !(second && tensors.size() == 8))
+    throw py::value_error(std::string(name) + " has " + std::to_string(tensors.size()) + " tensors: must have 1, 4" +
+                          (second ? " or 8" : ""));
+  first = read_part(context, tensors, 0, name);
+  if (tensors.size() == 8)
+    *second = read_part(context, tensors, 4, name);
+}
+
 /// The arguments of the experts that fused_experts and fused_moe share. `family` must outlive the layer.
 ExpertsLayer experts_layer(Context& context, py::handle w1, py::handle w2, py::handle b1, py::handle b2,
                            py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation,
                            bool interleaved, float alpha, float limit, bool fp32_acc,
-                           const std::optional<std::string>& family) {
+                           const std::optional<std::string>& family, int64_t intermediate, bool trellis) {
   ExpertsLayer layer;
-  layer.w1 = read_tensor(context, w1, "w1", 3);
-  layer.w2 = read_tensor(context, w2, "w2", 3);
+  read_weights(context, w1, "w1", layer.w1, layer.gate, &layer.up);
+  read_weights(context, w2, "w2", layer.w2, layer.down, nullptr);
+  layer.intermediate = size_argument("intermediate size of w2", intermediate);
+  layer.trellis = trellis;
   layer.bias1 = read_tensor(context, b1, "w1_bias", 2, true);
   layer.bias2 = read_tensor(context, b2, "w2_bias", 2, true);
   layer.shared_w1 = read_tensor(context, shared_w1, "shared_w1", 3, true);
@@ -124,12 +154,13 @@ void pad_groups(std::string_view engine_name, py::handle offsets, py::handle sor
 void fused_experts(std::string_view engine_name, py::handle x, py::handle w1, py::handle w2, py::handle topk_weights,
                    py::handle topk_ids, py::handle out, py::handle b1, py::handle b2, py::handle shared_w1,
                    py::handle shared_w2, py::handle shared_weights, int activation, bool interleaved, float alpha,
-                   float limit, bool fp32_acc, const std::optional<std::string>& family) {
+                   float limit, bool fp32_acc, const std::optional<std::string>& family, int64_t intermediate,
+                   bool trellis) {
   MoeEngine& engine = MoeEngine::get(engine_name);
   Context& context = engine.context();
   const TensorView x_view = read_tensor(context, x, "hidden_states", 2);
   const ExpertsLayer layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation,
-                                           interleaved, alpha, limit, fp32_acc, family);
+                                           interleaved, alpha, limit, fp32_acc, family, intermediate, trellis);
   const TensorView weights = read_tensor(context, topk_weights, "topk_weights", 2);
   const TensorView ids = read_tensor(context, topk_ids, "topk_ids", 2);
   const TensorView out_view = read_tensor(context, out, "out", 2);
@@ -143,12 +174,13 @@ void fused_moe(std::string_view engine_name, py::handle x, py::handle w1, py::ha
                py::handle bias, py::handle out, int64_t top_k, int scoring, uint32_t groups, uint32_t topk_groups,
                int group_score, bool renormalize, float renormalize_epsilon, float scale, py::handle b1, py::handle b2,
                py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation, bool interleaved,
-               float alpha, float limit, bool fp32_acc, const std::optional<std::string>& family) {
+               float alpha, float limit, bool fp32_acc, const std::optional<std::string>& family, int64_t intermediate,
+               bool trellis) {
   MoeEngine& engine = MoeEngine::get(engine_name);
   Context& context = engine.context();
   const TensorView x_view = read_tensor(context, x, "hidden_states", 2);
   const ExpertsLayer layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation,
-                                           interleaved, alpha, limit, fp32_acc, family);
+                                           interleaved, alpha, limit, fp32_acc, family, intermediate, trellis);
   const TensorView logits_view = read_tensor(context, logits, "router_logits", 2);
   const TensorView bias_view = read_tensor(context, bias, "correction_bias", 1, true);
   const TensorView out_view = read_tensor(context, out, "out", 2);
@@ -170,42 +202,6 @@ void gather_experts(std::string_view engine_name, py::handle weights, py::handle
     throw py::value_error("weights has 0 dimensions: must have at least 1");
   run(engine, "gather_experts",
       [&](CommandStream& stream) { encode_gather(stream, engine, weights_view, ids_tensor, out_view); });
-}
-
-/// The buffers of a part, from place `first` of a list.
-QuantizedPart read_trellis_part(Context& context, const py::sequence& tensors, size_t first, const char* name) {
-  QuantizedPart part;
-  for (TensorView* view : {&part.codes, &part.scales, &part.biases})
-    *view = read_tensor(context, py::object(tensors[first++]), name, 1);
-  part.table = read_tensor(context, py::object(tensors[first]), name, 2);
-  return part;
-}
-
-void trellis_experts(std::string_view engine_name, py::handle x, const py::sequence& w1, const py::sequence& w2,
-                     py::handle topk_weights, py::handle topk_ids, py::handle out, py::handle b1, py::handle b2,
-                     int activation, bool interleaved, float alpha, float limit, int64_t intermediate) {
-  MoeEngine& engine = MoeEngine::get(engine_name);
-  Context& context = engine.context();
-  ExpertsLayer layer;
-  layer.gate = read_trellis_part(context, w1, 0, "w1");
-  if (w1.size() == 8)
-    layer.up = read_trellis_part(context, w1, 4, "w1");
-  layer.down = read_trellis_part(context, w2, 0, "w2");
-  layer.intermediate = size_argument("intermediate size of w2", intermediate);
-  layer.bias1 = read_tensor(context, b1, "w1_bias", 2, true);
-  layer.bias2 = read_tensor(context, b2, "w2_bias", 2, true);
-  layer.activation = enumerator("activation", activation, ACTIVATION_SWIGLU_CLAMP);
-  layer.interleaved = interleaved;
-  layer.alpha = alpha;
-  layer.limit = limit;
-  const TensorView x_view = read_tensor(context, x, "hidden_states", 2);
-  const TensorView weights = read_tensor(context, topk_weights, "topk_weights", 2);
-  const TensorView ids = read_tensor(context, topk_ids, "topk_ids", 2);
-  const TensorView out_view = read_tensor(context, out, "out", 2);
-  run(engine, "fused_experts", [&](CommandStream& stream) {
-    encode_trellis_experts(stream, engine, x_view, layer, ids_view(ids), weights_view(weights),
-                           size_argument("top_k of topk_ids", ids.shape[1]), out_view);
-  });
 }
 
 void dequantize_trellis(std::string_view engine_name, py::handle codes, py::handle suh, py::handle svh, py::handle out,
@@ -245,13 +241,17 @@ py::list kernels(std::string_view engine_name) {
   py::list list;
   for (const KernelEntry& entry : kernel_table()) {
     const bool expert = entry.variant != nullptr;
-    list.append(py::dict(
-        "name"_a = entry.name, "family"_a = expert ? family_name(entry.variant->family, false) : "",
-        "stage"_a = stage_name(entry.stage), "format"_a = expert ? "dense" : "", "dtype"_a = dtype_name(entry.dtype),
-        "accumulation"_a = !expert                   ? ""
-                           : entry.fp32_accumulation ? "fp32"
-                                                     : "fp16",
-        "row_tile"_a = expert ? entry.variant->row_tile : 0, "tile_n"_a = expert ? entry.variant->tile_n : 0));
+    list.append(py::dict("name"_a = entry.name, "family"_a = expert ? family_name(entry.variant->family, false) : "",
+                         "stage"_a = stage_name(entry.stage),
+                         "format"_a = !expert           ? ""
+                                      : entry.quantized ? "quantized"
+                                                        : "dense",
+                         "dtype"_a = dtype_name(entry.dtype),
+                         "accumulation"_a = !expert                   ? ""
+                                            : entry.fp32_accumulation ? "fp32"
+                                                                      : "fp16",
+                         "row_tile"_a = expert ? entry.variant->row_tile : 0,
+                         "tile_n"_a = expert ? entry.variant->tile_n : 0));
   }
   return list;
 }
@@ -302,16 +302,15 @@ PYBIND11_MODULE(_core, m) {
         "Sorted rows as padded_out int32 [E, capacity], -1 where an expert has fewer.");
   m.def("fused_experts", &fused_experts, "engine"_a, "x"_a, "w1"_a, "w2"_a, "topk_weights"_a, "topk_ids"_a, "out"_a,
         "b1"_a, "b2"_a, "shared_w1"_a, "shared_w2"_a, "shared_weights"_a, "activation"_a, "interleaved"_a, "alpha"_a,
-        "limit"_a, "fp32_acc"_a, "family"_a, "The experts of a layer: out [T, H] from x [T, H].");
+        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis"_a = false,
+        "The experts of a layer: out [T, H] from x [T, H].");
   m.def("fused_moe", &fused_moe, "engine"_a, "x"_a, "w1"_a, "w2"_a, "logits"_a, "bias"_a, "out"_a, "top_k"_a,
         "scoring"_a, "groups"_a, "topk_groups"_a, "group_score"_a, "renormalize"_a, "renormalize_epsilon"_a, "scale"_a,
         "b1"_a, "b2"_a, "shared_w1"_a, "shared_w2"_a, "shared_weights"_a, "activation"_a, "interleaved"_a, "alpha"_a,
-        "limit"_a, "fp32_acc"_a, "family"_a, "Routing and experts of a layer in one command buffer.");
+        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis"_a = false,
+        "Routing and experts of a layer in one command buffer.");
   m.def("gather_experts", &gather_experts, "engine"_a, "weights"_a, "ids"_a, "out"_a,
         "out [n, ...] = weights [E, ...] of the experts ids [n]; zeros where an id is out of range.");
-  m.def("trellis_experts", &trellis_experts, "engine"_a, "x"_a, "w1"_a, "w2"_a, "topk_weights"_a, "topk_ids"_a, "out"_a,
-        "b1"_a, "b2"_a, "activation"_a, "interleaved"_a, "alpha"_a, "limit"_a, "intermediate"_a,
-        "fused_experts with the buffers of trellis parts: of gate and up, or of one without a gate, and of down.");
   m.def("dequantize_trellis", &dequantize_trellis, "engine"_a, "codes"_a, "suh"_a, "svh"_a, "out"_a, "half_bits"_a,
         "codebook"_a, "out fp32 [n, rows, columns] of trellis codes int32 [n, columns / 16, words], sizes padded.");
   m.def("viterbi", &viterbi, "engine"_a, "values"_a, "table"_a, "states_out"_a, "half_bits"_a,

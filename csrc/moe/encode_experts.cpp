@@ -1,6 +1,7 @@
 #include "encode_experts.h"
 
 #include "encode_group.h"
+#include "encode_trellis_experts.h"
 
 #include "../core/trace.h"
 #include "moe/combine.h"
@@ -25,11 +26,37 @@ struct Vectorized {
 
 Vectorized vectorized(const TensorView& x, const ExpertsLayer& layer, const LayerShape& shape, uint32_t x_row_stride) {
   const bool shared = shape.shared > 0;
-  return {shape.hidden % 8 == 0 && rows_aligned(x, x_row_stride) && rows_aligned(layer.w1, shape.hidden) &&
+  return {shape.hidden % 8 == 0 && rows_aligned(x, x_row_stride) &&
+              (layer.gate || rows_aligned(layer.w1, shape.hidden)) &&
               (!shared || rows_aligned(layer.shared_w1, shape.hidden)),
-          shape.intermediate % 8 == 0 && rows_aligned(layer.w2, shape.intermediate) &&
+          shape.intermediate % 8 == 0 && (layer.down || rows_aligned(layer.w2, shape.intermediate)) &&
               (!shared ||
                (shape.shared_intermediate % 8 == 0 && rows_aligned(layer.shared_w2, shape.shared_intermediate)))};
+}
+
+/// Kernels of quantised weights read x, codes, scales and biases in vectors, from addresses that the caller sees to.
+void check_quantized(const char* argument, const QuantizedPart& part) {
+  const auto check = [&](const char* name, const TensorView& buffer) {
+    if (buffer && buffer.address % VECTOR_BYTES != 0)
+      throw std::invalid_argument(std::string(argument) + " has " + name + " at an address that is " +
+                                  std::to_string(buffer.address % VECTOR_BYTES) + " beyond a multiple of " +
+                                  std::to_string(VECTOR_BYTES) + ": must be aligned, see QuantizedExperts.aligned()");
+  };
+  check("codes", part.codes);
+  check("scales", part.scales);
+  check("biases", part.biases);
+  check("a table", part.table);
+}
+
+void check_quantized(const TensorView& x, const ExpertsLayer& layer, const LayerShape& shape, uint32_t x_row_stride) {
+  check_quantized("w1", layer.gate);
+  check_quantized("w1", layer.up);
+  check_quantized("w2", layer.down);
+  if (layer.gate && !rows_aligned(x, x_row_stride))
+    throw std::invalid_argument("hidden_states has rows that do not start at multiples of " +
+                                std::to_string(VECTOR_BYTES) + " bytes: must be aligned where w1 is quantised");
+  if (shape.shared > 0)
+    throw std::invalid_argument("shared_w1 is given: must be None where w1 or w2 is quantised");
 }
 
 /// Why `simd` cannot run a layer that is not vectorised.
@@ -76,28 +103,51 @@ struct Encoding {
   void decode();
   void grouped();
 
-  void gate_up_weights();
-  void down_weights(uint32_t first_index);
+  /// Bind from index 1 on; the first index that is free.
+  uint32_t gate_up_weights();
+  uint32_t down_weights();
+  uint32_t bind_part(uint32_t index, const QuantizedPart& part);
   /// `view`, or where it is absent any buffer: every argument of a kernel must be bound.
-  BufferView or_any(const TensorView& view) const { return view ? view.view() : layer.w1.view(); }
+  BufferView or_any(const TensorView& view) const { return view ? view.view() : x.view(); }
+  /// Columns of a simdgroup in the GEMV families; down: in prefill4.
+  uint32_t gate_up_columns() const { return layer.gate ? QUANTIZED_COLUMNS : GATE_UP_COLUMNS; }
+  uint32_t down_columns() const { return layer.down ? QUANTIZED_COLUMNS : DOWN_PREFILL4_COLUMNS; }
   uint32_t widest_intermediate() const { return std::max(plan.shape.intermediate, plan.shape.shared_intermediate); }
   size_t activation_bytes() const { return size_t(plan.rows) * plan.shape.hidden * x.item_size + plan.h_bytes; }
 };
 
-void Encoding::gate_up_weights() {
-  stream.bind(1, layer.w1.view());
-  stream.bind(2, or_any(layer.shared_w1));
-  stream.bind(3, or_any(layer.bias1));
-  args.has_bias = bool(layer.bias1);
-  args.vectorized = vectorized.gate_up;
+uint32_t Encoding::bind_part(uint32_t index, const QuantizedPart& part) {
+  for (const TensorView* buffer : {&part.codes, &part.scales, &part.biases, &part.table})
+    stream.bind(index++, or_any(*buffer));
+  return index;
 }
 
-void Encoding::down_weights(uint32_t first_index) {
-  stream.bind(first_index, layer.w2.view());
-  stream.bind(first_index + 1, or_any(layer.shared_w2));
-  stream.bind(first_index + 2, or_any(layer.bias2));
+uint32_t Encoding::gate_up_weights() {
+  uint32_t index = 1;
+  if (layer.gate) {
+    index = bind_part(bind_part(index, layer.gate), layer.up);
+  } else {
+    stream.bind(index++, layer.w1.view());
+    stream.bind(index++, or_any(layer.shared_w1));
+  }
+  stream.bind(index++, or_any(layer.bias1));
+  args.has_bias = bool(layer.bias1);
+  args.vectorized = vectorized.gate_up;
+  return index;
+}
+
+uint32_t Encoding::down_weights() {
+  uint32_t index = 1;
+  if (layer.down) {
+    index = bind_part(index, layer.down);
+  } else {
+    stream.bind(index++, layer.w2.view());
+    stream.bind(index++, or_any(layer.shared_w2));
+  }
+  stream.bind(index++, or_any(layer.bias2));
   args.has_bias = bool(layer.bias2);
   args.vectorized = vectorized.down;
+  return index;
 }
 
 /// Threadgroups for `columns` output columns in a GEMV family whose simdgroups take `per_simdgroup` each.
@@ -112,23 +162,24 @@ void Encoding::decode() {
   const Pipeline& gate_up = engine.pipeline(plan.gate_up);
   stream.use(gate_up);
   stream.bind(0, x.view());
-  gate_up_weights();
-  stream.bind(4, ids.view);
-  stream.bind(5, h);
-  stream.bind_value(6, args);
-  stream.dispatch(MTL::Size(gemv_blocks(gate_up, widest_intermediate(), GATE_UP_COLUMNS), plan.slots, shape.tokens),
+  uint32_t index = gate_up_weights();
+  stream.bind(index++, ids.view);
+  stream.bind(index++, h);
+  stream.bind_value(index, args);
+  stream.dispatch(MTL::Size(gemv_blocks(gate_up, widest_intermediate(), gate_up_columns()), plan.slots, shape.tokens),
                   simdgroups(GEMV_SIMDGROUPS, gate_up.simd_width) * gate_up.simd_width,
                   plan.gate_up_weight_bytes + activation_bytes());
 
   const Pipeline& down = engine.pipeline(plan.down);
   stream.use(down);
   stream.bind(0, h);
-  down_weights(1);
-  stream.bind(4, ids.view);
-  stream.bind(5, weights.view);
-  stream.bind(6, shared_weights.view);
-  stream.bind(7, out.view());
-  stream.bind_value(8, args);
+  index = down_weights();
+  stream.bind(index++, ids.view);
+  stream.bind(index++, weights.view);
+  if (!layer.down)
+    stream.bind(index++, shared_weights.view);
+  stream.bind(index++, out.view());
+  stream.bind_value(index, args);
   stream.threadgroup_memory(0, DOWN_DECODE_MEMORY_BYTES);
   const uint32_t columns = gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, down.simd_width);
   stream.dispatch(MTL::Size(ceil_div(shape.hidden, columns), shape.tokens, 1),
@@ -153,15 +204,15 @@ void Encoding::grouped() {
   const uint32_t threads = simdgroups(wanted_simdgroups, gate_up.simd_width) * gate_up.simd_width;
   stream.use(gate_up);
   stream.bind(0, x.view());
-  gate_up_weights();
-  stream.bind(4, tables.sorted_rows);
-  stream.bind(5, tables.tiles);
-  stream.bind(6, h);
-  stream.bind_value(7, args);
+  uint32_t index = gate_up_weights();
+  stream.bind(index++, tables.sorted_rows);
+  stream.bind(index++, tables.tiles);
+  stream.bind(index++, h);
+  stream.bind_value(index, args);
   if (plan.threadgroup_bytes)
     stream.threadgroup_memory(0, plan.threadgroup_bytes);
   stream.dispatch(MTL::Size(plan.tiles,
-                            gemv ? gemv_blocks(gate_up, widest_intermediate(), GATE_UP_COLUMNS) : plan.gate_up_blocks,
+                            gemv ? gemv_blocks(gate_up, widest_intermediate(), gate_up_columns()) : plan.gate_up_blocks,
                             1),
                   threads, plan.gate_up_weight_bytes + activation_bytes());
 
@@ -169,15 +220,15 @@ void Encoding::grouped() {
   args.out_row_stride = shape.hidden;
   stream.use(engine.pipeline(plan.down));
   stream.bind(0, h);
-  down_weights(1);
-  stream.bind(4, tables.tiles);
-  stream.bind(5, y);
-  stream.bind_value(6, args);
+  index = down_weights();
+  stream.bind(index++, tables.tiles);
+  stream.bind(index++, y);
+  stream.bind_value(index, args);
   if (plan.threadgroup_bytes)
     stream.threadgroup_memory(0, plan.threadgroup_bytes);
   stream.dispatch(
-      MTL::Size(plan.tiles, gemv ? gemv_blocks(gate_up, shape.hidden, DOWN_PREFILL4_COLUMNS) : plan.down_blocks, 1),
-      threads, plan.down_weight_bytes + plan.h_bytes + plan.y_bytes);
+      MTL::Size(plan.tiles, gemv ? gemv_blocks(gate_up, shape.hidden, down_columns()) : plan.down_blocks, 1), threads,
+      plan.down_weight_bytes + plan.h_bytes + plan.y_bytes);
 
   CombineArgs combine{};
   combine.tokens = shape.tokens;
@@ -211,12 +262,24 @@ void Encoding::grouped() {
 
 } // namespace
 
+namespace {
+
+/// Of one expert.
+size_t part_bytes(const QuantizedPart& part) {
+  size_t bytes = 0;
+  for (const TensorView* buffer : {&part.codes, &part.scales, &part.biases})
+    bytes += *buffer ? static_cast<size_t>(buffer->shape[0]) : 0;
+  return part ? std::max<size_t>(bytes / static_cast<size_t>(part.table.shape[0]), 1) : 0;
+}
+
+} // namespace
+
 LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t top_k) {
   LayerShape shape;
   shape.tokens = size_argument("tokens of hidden_states", x.shape[0]);
   shape.hidden = size_argument("hidden size of hidden_states", x.shape[1]);
-  shape.experts = size_argument("experts of w2", layer.w2.shape[0]);
-  shape.intermediate = size_argument("intermediate size of w2", layer.w2.shape[2]);
+  shape.experts = size_argument("experts of w2", layer.down ? layer.down.table.shape[0] : layer.w2.shape[0]);
+  shape.intermediate = layer.down ? layer.intermediate : size_argument("intermediate size of w2", layer.w2.shape[2]);
   shape.top_k = size_argument("top_k", top_k);
   if (layer.shared_w2) {
     shape.shared = size_argument("experts of shared_w2", layer.shared_w2.shape[0]);
@@ -224,13 +287,17 @@ LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t t
   }
   shape.dtype = x.dtype;
   shape.gated = layer.activation != ACTIVATION_RELU2;
+  shape.quantized_gate_up_bytes = part_bytes(layer.gate) + part_bytes(layer.up);
+  shape.quantized_down_bytes = part_bytes(layer.down);
   return shape;
 }
 
 void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
                     const SlotsView& ids, const SlotsView& weights, uint32_t top_k, const TensorView& out) {
+  if (layer.trellis)
+    return encode_trellis_experts(stream, engine, x, layer, ids, weights, top_k, out);
   const LayerShape shape = layer_shape(x, layer, top_k);
-  const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16;
+  const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
   const Family family =
       layer.family ? parse_family(*layer.family, fp32_accumulation) : select_family(engine.tuning(), shape.tokens);
   if (shape.tokens == 0)
@@ -272,7 +339,9 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& 
   args.limit = layer.limit;
 
   const Vectorized aligned = vectorized(x, layer, shape, args.x_row_stride);
-  if (family == Family::Simd && !(aligned.gate_up && aligned.down))
+  if (shape.quantized())
+    check_quantized(x, layer, shape, args.x_row_stride);
+  else if (family == Family::Simd && !(aligned.gate_up && aligned.down))
     throw_unaligned(x, layer, shape, args.x_row_stride);
 
   DispatchTrace& trace = last_dispatch();

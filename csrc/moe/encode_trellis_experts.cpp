@@ -99,7 +99,6 @@ void encode_trellis_experts(CommandStream& stream, MoeEngine& engine, const Tens
   args.weights_slot_stride = weights.slot_stride;
   args.weights_type = weights.type;
   args.gated = layer.activation != ACTIVATION_RELU2;
-  args.interleaved = layer.interleaved;
   args.has_bias1 = bool(layer.bias1);
   args.has_bias2 = bool(layer.bias2);
   args.activation = layer.activation;

@@ -7,9 +7,9 @@ namespace metal_moe {
 namespace {
 
 void check_bits(const char* name, std::optional<int64_t> bits) {
-  if (bits && *bits != 16 && *bits != 32)
+  if (bits && *bits != 16 && *bits != 32 && (*bits < 1 || *bits > 8))
     throw std::invalid_argument(std::string(name) + " is " + std::to_string(*bits) +
-                                ": must be None, 16 or 32 (dense)");
+                                ": must be None, 16 or 32 (dense) or 1 to 8 (quantised)");
 }
 
 } // namespace

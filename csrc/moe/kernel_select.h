@@ -15,7 +15,7 @@ struct Selection {
 };
 
 /// The published selection: family by number of tokens, name and output columns per threadgroup. Bits: none, 16 or 32
-/// for dense weights. std::invalid_argument for a negative batch size and for other bits.
+/// for dense weights, 1 to 8 for quantised ones. std::invalid_argument for a negative batch size and for other bits.
 Selection select_moe_kernel(int64_t batch_size, bool use_fp32_acc, std::optional<int64_t> gate_bits,
                             std::optional<int64_t> up_bits, std::optional<int64_t> down_bits);
 

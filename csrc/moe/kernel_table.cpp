@@ -22,11 +22,13 @@ constexpr const char* STAGE_NAMES[] = {
     "viterbi"};
 constexpr Dtype FLOATS[] = {Dtype::Fp32, Dtype::Fp16, Dtype::Bf16};
 
-/// "gate_up_large_batch_fp32acc_m16_bf16": stage, family, accumulation, row tile, dtype.
-std::string expert_kernel_name(Stage stage, const Variant& variant, Dtype dtype, bool fp32_accumulation) {
+/// "gate_up_large_batch_fp32acc_m16_bf16": stage, family, accumulation, row tile, dtype; "gate_up_quantized_..." where
+/// weights are quantised.
+std::string expert_kernel_name(Stage stage, const Variant& variant, Dtype dtype, bool fp32_accumulation,
+                               bool quantized) {
   const std::string family = family_name(variant.family, fp32_accumulation);
-  return std::string(stage_name(stage)) + family.substr(sizeof("moe") - 1) + variant.row_suffix + "_" +
-         dtype_name(dtype);
+  return std::string(stage_name(stage)) + (quantized ? "_quantized" : "") + family.substr(sizeof("moe") - 1) +
+         variant.row_suffix + "_" + dtype_name(dtype);
 }
 
 std::vector<KernelEntry> build_table() {
@@ -34,13 +36,20 @@ std::vector<KernelEntry> build_table() {
   for (uint32_t variant = 0; variant < VARIANTS.size(); ++variant)
     for (Stage stage : {Stage::GateUp, Stage::Up, Stage::Down}) {
       const auto add = [&](Dtype dtype, bool fp32) {
-        table[expert_kernel(variant, stage, dtype, fp32)] = {expert_kernel_name(stage, VARIANTS[variant], dtype, fp32),
-                                                             stage, &VARIANTS[variant], dtype, fp32};
+        table[expert_kernel(variant, stage, dtype, fp32)] = {
+            expert_kernel_name(stage, VARIANTS[variant], dtype, fp32, false), stage, &VARIANTS[variant], dtype, fp32};
       };
       for (Dtype dtype : FLOATS)
         add(dtype, true);
       add(Dtype::Fp16, false);
     }
+  for (uint32_t place = 0; place < QUANTIZED_VARIANTS.size(); ++place)
+    for (Stage stage : {Stage::GateUp, Stage::Up, Stage::Down})
+      for (Dtype dtype : FLOATS) {
+        const Variant& variant = VARIANTS[QUANTIZED_VARIANTS[place]];
+        table[quantized_kernel(place, stage, dtype)] = {
+            expert_kernel_name(stage, variant, dtype, true, true), stage, &variant, dtype, true, true};
+      }
   for (auto [index, stage] : {std::pair{ROUTE_KERNEL, Stage::Route},
                               {GROUP_KERNEL, Stage::Group},
                               {PAD_GROUPS_KERNEL, Stage::PadGroups},

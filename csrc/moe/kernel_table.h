@@ -59,12 +59,26 @@ inline constexpr std::array<Variant, 10> VARIANTS{{
     {Family::Simd, 32, SIMD_TILE_N, true, false, "_m32"},
 }};
 
+/// The variants that kernels of quantised weights exist for, as indices into VARIANTS: decode, prefill4, base,
+/// large_batch at 16 and 64 rows.
+inline constexpr std::array<uint32_t, 5> QUANTIZED_VARIANTS{0, 1, 2, 3, 5};
+
+/// Place in QUANTIZED_VARIANTS of what runs for a variant on quantised weights: the next row tile that exists. `simd`,
+/// whose weights are not staged, has the kernels of base and large_batch.
+constexpr uint32_t quantized_variant(uint32_t variant) {
+  const Variant& wanted = VARIANTS[variant];
+  if (!wanted.matrix)
+    return variant;
+  return wanted.row_tile <= BASE_ROW_TILE ? 2 : wanted.row_tile <= 16 ? 3 : 4;
+}
+
 struct KernelEntry {
   std::string name;
   Stage stage;
   const Variant* variant; // null: not an expert kernel
   Dtype dtype;            // Other: any
   bool fp32_accumulation; // expert kernels only
+  bool quantized = false; // of weights in any of kernels/formats, by record; else dense
 };
 
 /// A place in the table; also the pipeline's number.
@@ -73,11 +87,13 @@ using KernelIndex = uint32_t;
 constexpr KernelIndex EXPERT_STAGES = 3;     // GateUp, Up, Down
 constexpr KernelIndex EXPERT_PRECISIONS = 4; // fp32, fp16, bf16 with fp32 accumulation; fp16 with fp16 accumulation
 constexpr KernelIndex EXPERT_KERNELS = VARIANTS.size() * EXPERT_STAGES * EXPERT_PRECISIONS;
-constexpr KernelIndex ROUTE_KERNEL = EXPERT_KERNELS;
-constexpr KernelIndex GROUP_KERNEL = EXPERT_KERNELS + 1;
-constexpr KernelIndex PAD_GROUPS_KERNEL = EXPERT_KERNELS + 2;
-constexpr KernelIndex GATHER_KERNEL = EXPERT_KERNELS + 3;
-constexpr KernelIndex COMBINE_KERNELS = EXPERT_KERNELS + 4; // fp32, fp16, bf16
+constexpr KernelIndex QUANTIZED_PRECISIONS = 3; // fp32, fp16, bf16, all with fp32 accumulation
+constexpr KernelIndex QUANTIZED_KERNELS = QUANTIZED_VARIANTS.size() * EXPERT_STAGES * QUANTIZED_PRECISIONS;
+constexpr KernelIndex ROUTE_KERNEL = EXPERT_KERNELS + QUANTIZED_KERNELS;
+constexpr KernelIndex GROUP_KERNEL = ROUTE_KERNEL + 1;
+constexpr KernelIndex PAD_GROUPS_KERNEL = ROUTE_KERNEL + 2;
+constexpr KernelIndex GATHER_KERNEL = ROUTE_KERNEL + 3;
+constexpr KernelIndex COMBINE_KERNELS = ROUTE_KERNEL + 4; // fp32, fp16, bf16
 constexpr KernelIndex DEQUANTIZE_TRELLIS_KERNEL = COMBINE_KERNELS + 3;
 constexpr KernelIndex VITERBI_KERNEL = COMBINE_KERNELS + 4;
 constexpr KernelIndex TRELLIS_PRODUCT_M1_KERNEL = COMBINE_KERNELS + 5;
@@ -91,6 +107,11 @@ constexpr KernelIndex KERNELS = COMBINE_KERNELS + 10;
 constexpr KernelIndex expert_kernel(uint32_t variant, Stage stage, Dtype dtype, bool fp32_accumulation) {
   const uint32_t precision = fp32_accumulation ? static_cast<uint32_t>(dtype) : 3;
   return (variant * EXPERT_STAGES + static_cast<uint32_t>(stage)) * EXPERT_PRECISIONS + precision;
+}
+/// Kernel of quantised weights; `place`: see quantized_variant.
+constexpr KernelIndex quantized_kernel(uint32_t place, Stage stage, Dtype dtype) {
+  return EXPERT_KERNELS + (place * EXPERT_STAGES + static_cast<uint32_t>(stage)) * QUANTIZED_PRECISIONS +
+         static_cast<uint32_t>(dtype);
 }
 constexpr KernelIndex combine_kernel(Dtype dtype) { return COMBINE_KERNELS + static_cast<uint32_t>(dtype); }
 

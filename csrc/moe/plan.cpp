@@ -27,16 +27,23 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
   ExpertsPlan plan{};
   plan.shape = shape;
   plan.family = family;
-  plan.fp32_accumulation = fp32_accumulation || shape.dtype != Dtype::Fp16;
+  plan.fp32_accumulation = fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
   plan.grouped = family != Family::Decode;
   if (plan.grouped)
     check_grouping(shape, rows);
 
-  const uint32_t variant = select_variant(tuning, family, uint64_t(shape.tokens) * shape.top_k, shape.experts);
+  uint32_t variant = select_variant(tuning, family, uint64_t(shape.tokens) * shape.top_k, shape.experts);
+  const uint32_t place = quantized_variant(variant);
+  if (shape.quantized())
+    variant = QUANTIZED_VARIANTS[place]; // of both products: they share the row tile
   plan.variant = &VARIANTS[variant];
   plan.row_tile = family == Family::Prefill4 ? tuning.prefill4_row_tile : plan.variant->row_tile;
-  plan.gate_up = expert_kernel(variant, shape.gated ? Stage::GateUp : Stage::Up, shape.dtype, plan.fp32_accumulation);
-  plan.down = expert_kernel(variant, Stage::Down, shape.dtype, plan.fp32_accumulation);
+  const auto kernel = [&](Stage stage, size_t quantized_bytes) {
+    return quantized_bytes ? quantized_kernel(place, stage, shape.dtype)
+                           : expert_kernel(variant, stage, shape.dtype, plan.fp32_accumulation);
+  };
+  plan.gate_up = kernel(shape.gated ? Stage::GateUp : Stage::Up, shape.quantized_gate_up_bytes);
+  plan.down = kernel(Stage::Down, shape.quantized_down_bytes);
   plan.combine = combine_kernel(shape.dtype);
 
   plan.slots = shape.top_k + shape.shared;
@@ -62,6 +69,10 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
   plan.down_weight_bytes =
       (chosen * shape.intermediate + size_t(shape.shared) * shape.shared_intermediate) * shape.hidden * item;
   plan.gate_up_weight_bytes = plan.down_weight_bytes * (shape.gated ? 2 : 1);
+  if (shape.quantized_gate_up_bytes)
+    plan.gate_up_weight_bytes = chosen * shape.quantized_gate_up_bytes;
+  if (shape.quantized_down_bytes)
+    plan.down_weight_bytes = chosen * shape.quantized_down_bytes;
   return plan;
 }
 

@@ -17,6 +17,11 @@ struct LayerShape {
   uint32_t shared_intermediate = 0; // 0 where there are none
   Dtype dtype = Dtype::Fp32;
   bool gated = true;
+  /// Bytes of one expert's quantised weights; 0: dense.
+  size_t quantized_gate_up_bytes = 0;
+  size_t quantized_down_bytes = 0;
+
+  bool quantized() const { return quantized_gate_up_bytes || quantized_down_bytes; }
 };
 
 struct ExpertsPlan {

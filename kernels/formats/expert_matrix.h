@@ -11,7 +11,7 @@ struct ExpertMatrix {
   ulong biases;
   uint codes_stride; // bytes between rows
   uint scales_stride;
-  uint format;
+  uint format; // WeightFormat, or that of trellis
   uint half_bits;
   uint group_size;
   uint codebook;

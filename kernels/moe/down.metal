@@ -12,7 +12,7 @@
 // base, large_batch, simd
 //              8x8 simdgroup matrices, see gemm.h. `combine` then adds the rows of each token.
 #include "combine.h"
-#include "gemm.h"
+#include "down.h"
 #include "gemv.h"
 
 constexpr constant uint DOWN_LANE_SIMDGROUPS = simdgroups(DOWN_DECODE_SIMDGROUPS, SIMD_WIDTH);
@@ -37,19 +37,6 @@ inline Rows<T, R> down_rows(device const T* w2, uint column, uint hidden, uint K
   for (uint i = 0; i < R; ++i)
     w.row[i] = w2 + ulong(min(column + i, hidden - 1)) * K;
   return w;
-}
-
-/// What `slot` of `token` adds with: its routing weight, 1 for a shared expert without one.
-inline float down_weight(device const uchar* weights, device const uchar* shared_weights, constant ExpertsArgs& args,
-                         uint token, uint slot) {
-  if (slot < args.top_k)
-    return load_scalar(weights, ulong(token) * args.weights_token_stride + ulong(slot) * args.weights_slot_stride,
-                       args.weights_type);
-  if (args.has_shared_weights == 0)
-    return 1.0f;
-  return load_scalar(shared_weights,
-                     ulong(token) * args.shared_token_stride + ulong(slot - args.top_k) * args.shared_slot_stride,
-                     args.shared_type);
 }
 
 /// total[i] = the part of column + i of out[token] that pieces first .. last - 1 are, in this lane: the K of the
@@ -206,28 +193,6 @@ down_prefill4(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]],
     down_prefill4_columns<false, T, Acc>(from, w, b, to, K, tile.rows, group.y * DOWN_PREFILL4_THREADGROUP_COLUMNS,
                                          args, simdgroup, lane);
 }
-
-/// Where a row tile's sums go: biased, to y.
-template <typename T>
-struct DownStore {
-  device float* y;      // of the tile's first row
-  device const T* bias; // of the expert, or null
-  uint rows;
-  uint first_column;
-  uint columns;
-  uint stride;
-
-  void operator()(uint row, uint column, thread const float (&sums)[1][2]) thread const {
-    const uint n = first_column + column;
-    if (row >= rows || n >= columns)
-      return;
-    float value[2];
-    UNROLL
-    for (uint i = 0; i < 2; ++i)
-      value[i] = sums[0][i] + (bias && n + i < columns ? float(bias[n + i]) : 0.0f);
-    store_pair(y + ulong(row) * stride, n, columns, stride % 2 == 0, value[0], value[1]);
-  }
-};
 
 template <typename T, typename Acc, uint ROW_TILE, uint TILE_N, bool STAGE_WEIGHTS>
 [[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void

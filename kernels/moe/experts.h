@@ -25,6 +25,8 @@ SHARED_CONSTANT uint DOWN_PREFILL4_COLUMNS = 8;
 /// token of Qwen3: 9.3 us; 8 columns and 8 simdgroups 10.8, 4 and 16 15.1).
 SHARED_CONSTANT uint DOWN_DECODE_COLUMNS = 4;
 SHARED_CONSTANT uint DOWN_DECODE_SIMDGROUPS = 4;
+/// Columns of a simdgroup on quantised weights, of gate_up and down alike, on a GPU.
+SHARED_CONSTANT uint QUANTIZED_COLUMNS = 4;
 /// Output columns of a threadgroup, where `wanted` is the number on a GPU.
 constexpr uint gemv_threadgroup_columns(uint wanted, uint simd_width) { return simd_width == 1 ? GEMV_TILE_N : wanted; }
 /// Rows of a prefill4 tile. On a GPU one register block: more tiles, more threadgroups. With one-thread simdgroups a
@@ -113,4 +115,11 @@ struct ExpertsArgs {
 //                    threadgroup 0: gemm_threadgroup_bytes. Grid (tiles, ceil(max I / columns of a threadgroup)).
 //  down, grouped   : 0 h, 1 w2, 2 shared_w2, 3 bias2, 4 tiles, 5 y out fp32 [S, H] (sorted order), 6 ExpertsArgs;
 //                    threadgroup 0. Grid (tiles, ceil(H / tile_n)).
+// On quantised weights (kernels named `..._quantized_...`) codes, scales, biases and table of a part stand in place of
+// w1 (gate, then up: 8 buffers; without a gate the second four are any others) or w2, and shared experts have none:
+// what follows moves on or up.
+//  gate_up, decode : 0 x, 1-4 gate, 5-8 up, 9 bias1, 10 ids, 11 h, 12 ExpertsArgs.
+//  down, decode    : 0 h, 1-4 down, 5 bias2, 6 ids, 7 topk_weights, 8 out, 9 ExpertsArgs; threadgroup 0.
+//  gate_up, grouped: 0 x, 1-4 gate, 5-8 up, 9 bias1, 10 sorted_rows, 11 tiles, 12 h, 13 ExpertsArgs; threadgroup 0.
+//  down, grouped   : 0 h, 1-4 down, 5 bias2, 6 tiles, 7 y, 8 ExpertsArgs; threadgroup 0.
 // Buffers that a call has no use for (bias, shared weights) are bound to any other one.

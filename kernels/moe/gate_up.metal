@@ -11,7 +11,7 @@
 // base, large_batch, simd
 //              h rows are in expert order; 8x8 simdgroup matrices, see gemm.h.
 // Grouped families read each selected expert once per row tile: once, where no expert has more rows than a tile.
-#include "gemm.h"
+#include "gate_up.h"
 #include "gemv.h"
 
 constexpr constant uint GATE_UP_THREADGROUP_COLUMNS =
@@ -24,10 +24,6 @@ inline device const T* expert_w1(device const T* w1, device const T* shared_w1, 
   return dense_expert(w1, shared_w1, expert, args.experts, ulong(MATRICES * args.intermediate) * args.hidden,
                       ulong(MATRICES * args.shared_intermediate) * args.hidden);
 }
-
-/// w1 rows of gate column n, and of its up column: see ExpertsArgs::interleaved.
-inline uint gate_row(uint n, bool interleaved) { return interleaved ? 2 * n : n; }
-inline uint up_row(uint n, uint intermediate, bool interleaved) { return interleaved ? 2 * n + 1 : intermediate + n; }
 
 /// Columns column .. column + N - 1 of h, in the GEMV families.
 template <bool VECTORIZED, uint MAX_ROWS, typename T, typename Acc, bool GATED, typename Source>
@@ -141,37 +137,6 @@ gate_up_prefill4(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)
     gate_up_gemv<false, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to,
                                                   group.y * GATE_UP_THREADGROUP_COLUMNS, args, simdgroup, lane);
 }
-
-/// Where a row tile's sums go: biased, activated, to h.
-template <typename T, bool GATED>
-struct GateUpStore {
-  static constexpr constant uint MATRICES = GATED ? 2 : 1;
-  device T* h;          // of the tile's first row
-  device const T* bias; // of the expert, or null
-  uint rows;
-  uint first_column;
-  uint intermediate;
-  constant ExpertsArgs& args;
-
-  void operator()(uint row, uint column, thread const float (&sums)[MATRICES][2]) thread const {
-    const uint n = first_column + column;
-    if (row >= rows || n >= intermediate)
-      return;
-    float value[2];
-    UNROLL
-    for (uint i = 0; i < 2; ++i) {
-      float gate = sums[0][i];
-      float up = GATED ? sums[MATRICES - 1][i] : 0.0f;
-      if (bias && n + i < intermediate) {
-        gate += float(bias[GATED ? gate_row(n + i, args.interleaved) : n + i]);
-        if (GATED)
-          up += float(bias[up_row(n + i, intermediate, args.interleaved)]);
-      }
-      value[i] = activate(args.activation, gate, up, args.alpha, args.limit);
-    }
-    store_pair(h + ulong(row) * args.h_row_stride, n, intermediate, true, value[0], value[1]);
-  }
-};
 
 template <typename T, typename Acc, bool GATED, uint ROW_TILE, uint TILE_N, bool STAGE_WEIGHTS>
 [[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void

@@ -216,7 +216,47 @@ struct GemmTile {
     }
   }
 
+  /// The same with weights that a stager decodes into the stage: its codes for a tile of K are loaded (`load`) while
+  /// the one before is multiplied, and decoded (`store`) when the stage is free.
+  template <typename Source, typename Stager>
+  void multiply_decoded(thread const Source& source, uint count, thread Stager& weights, uint K,
+                        threadgroup uchar* memory, uint simdgroup, uint lane) thread {
+    RowStager<T, ROW_TILE, K_TILE, Layout> rows;
+    rows.start(source, count, simdgroup * SIMD_WIDTH + lane);
+    sums.clear();
+    const uint steps = (K + K_TILE - 1) / K_TILE;
+    constexpr uint AHEAD = STAGES - 1;
+    weights.load(0, K);
+    UNROLL
+    for (uint step = 0; step < AHEAD; ++step)
+      decode_stage(rows, weights, memory, step, steps, K);
+    for (uint step = 0; step < steps; ++step) {
+      if (AHEAD > 0)
+        copy_wait<AHEAD - 1>();
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      decode_stage(rows, weights, memory, step + AHEAD, steps, K);
+      if (AHEAD == 0) {
+        copy_wait<0>();
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+      }
+      threadgroup const T* staged = stage(memory, step);
+      sums.multiply_add(staged, staged + Layout::at(ROW_TILE, 0), count, simdgroup);
+    }
+  }
+
 private:
+  template <typename Rows, typename Stager>
+  static void decode_stage(thread const Rows& rows, thread Stager& weights, threadgroup uchar* memory, uint step,
+                           uint steps, uint K) {
+    if (step < steps) {
+      threadgroup T* to = stage(memory, step);
+      rows.copy(to, step * K_TILE, K, true);
+      weights.store(to + Layout::at(ROW_TILE, 0), step * K_TILE, K);
+      weights.load((step + 1) * K_TILE, K);
+    }
+    copy_commit(); // also of nothing: copy_wait counts groups
+  }
+
   static threadgroup T* stage(threadgroup uchar* memory, uint step) {
     return reinterpret_cast<threadgroup T*>(memory + step % STAGES * STAGE_BYTES);
   }

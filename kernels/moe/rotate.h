@@ -18,8 +18,8 @@ constexpr uint rotate_padded(uint columns) { return rotate_blocks(columns) * HAD
 //
 //  rotate_inputs      : 0 x [T, H], 1 ids, 2 gate scales, 3 gate table, 4 up scales, 5 up table, 6 out fp32
 //                       [1 or 2 (gate, up), S, H'], 7 RotateArgs. Grid (ceil(blocks of H / simdgroups), S, 1 or 2).
-//  rotate_activations : 0 h fp32 [1 or 2, S, I'], 1 ids, 2 bias1 [E, 2I or I], 3 gate biases, 4 gate table, 5 up
-//  biases,
+//  rotate_activations : 0 h fp32 [1 or 2, S, I'], 1 ids, 2 bias1 [E, 2I (gate, then up) or I], 3 gate biases, 4 gate
+//  table, 5 up biases,
 //                       6 up table, 7 down scales, 8 down table, 9 out fp32 [S, I'], 10 RotateArgs.
 //                       Grid (ceil(blocks of I / simdgroups), S).
 //  rotate_outputs     : 0 y fp32 [S, H'], 1 ids, 2 topk_weights, 3 bias2 [E, H], 4 down biases, 5 down table, 6 out
@@ -39,7 +39,6 @@ struct RotateArgs {
   uint weights_slot_stride;
   uint weights_type; // ScalarType
   uint gated;        // 0: h is act(gate), and there is no up
-  uint interleaved;  // bias1: 0 = gate then up, 1 = gate 0, up 0, gate 1, ...
   uint has_bias1;
   uint has_bias2;
   uint activation; // Activation

@@ -113,9 +113,9 @@ void rotate_activations(device const float* h [[buffer(0)]], device const int* i
     const ulong begin = ulong(expert) * (args.gated ? 2 * I : I);
     for (uint i = 0; i < VALUES && first + i < I; ++i) {
       const uint n = first + i;
-      gate[i] += load_scalar(bias, begin + (args.gated && args.interleaved ? 2 * n : n), args.type);
+      gate[i] += load_scalar(bias, begin + n, args.type);
       if (args.gated)
-        up[i] += load_scalar(bias, begin + (args.interleaved ? 2 * n + 1 : I + n), args.type);
+        up[i] += load_scalar(bias, begin + I + n, args.type);
     }
   }
   UNROLL

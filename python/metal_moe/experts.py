@@ -5,7 +5,16 @@ from torch import Tensor
 
 from . import _core
 from ._operator import engine_of, operator
-from ._validate import check_assignments, check_devices, check_experts, check_gather, check_routing, wrong_shape
+from ._quantized import accepts_quantized
+from ._validate import (
+    QuantizedShape,
+    check_assignments,
+    check_devices,
+    check_experts,
+    check_gather,
+    check_routing,
+    wrong_shape,
+)
 
 # Tensor arguments, as `check_devices` names them.
 _EXPERTS_TENSORS = (
@@ -34,6 +43,203 @@ _MOE_TENSORS = (
 )
 
 
+def _given(weights: list[Tensor], shape: list[int]) -> Tensor | QuantizedShape:
+    return weights[0] if len(weights) == 1 else QuantizedShape(shape)
+
+
+def _check_buffers(op: str, hidden_states: Tensor, w1: list[Tensor], w2: list[Tensor], others: tuple) -> None:
+    tensors = (hidden_states, *w1, *w2, *(tensor for _, tensor in others))
+    names = ("hidden_states", *["w1"] * len(w1), *["w2"] * len(w2), *(name for name, _ in others))
+    check_devices(op, names, tensors)
+
+
+def _aligned(hidden_states: Tensor) -> Tensor:
+    """Rows at multiples of 16 bytes, as kernels of quantised weights read them; a copy where they are not."""
+    row_bytes = hidden_states.stride(0) * hidden_states.element_size()
+    if hidden_states.data_ptr() % 16 == 0 and (hidden_states.shape[0] <= 1 or row_bytes % 16 == 0):
+        return hidden_states
+    return hidden_states.clone(memory_format=torch.contiguous_format)
+
+
+@operator
+def fused_experts_quantized(
+    hidden_states: Tensor,
+    w1: list[Tensor],
+    w1_shape: list[int],
+    w2: list[Tensor],
+    w2_shape: list[int],
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    activation: str = "silu",
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    use_fp32_acc: bool = True,
+    kernel: str | None = None,
+    trellis: bool = False,
+) -> Tensor:
+    """`fused_experts` with the buffers of quantised weights: what it calls for `QuantizedExperts`.
+
+    `w1` and `w2` are the one dense tensor, or codes, scales, biases and table of a part, of gate and then of up for w1.
+    `trellis`: they are trellis codes, all of them.
+    """
+    op = "fused_experts"
+    top_k = topk_ids.shape[1] if isinstance(topk_ids, Tensor) and topk_ids.ndim == 2 else 1
+    first, second = _given(w1, w1_shape), _given(w2, w2_shape)
+    activation_number = check_experts(
+        op,
+        hidden_states,
+        first,
+        second,
+        top_k,
+        activation,
+        w1_bias,
+        w2_bias,
+        interleaved,
+        alpha,
+        limit,
+        None,
+        None,
+        None,
+        use_fp32_acc,
+        kernel,
+    )
+    check_assignments(op, topk_weights, topk_ids, hidden_states.shape[0], w1_shape[0])
+    others = (("topk_weights", topk_weights), ("topk_ids", topk_ids), ("w1_bias", w1_bias), ("w2_bias", w2_bias))
+    _check_buffers(op, hidden_states, w1, w2, others)
+    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    engine = engine_of(out)
+    if engine is not None:
+        _core.fused_experts(
+            engine,
+            _aligned(hidden_states),
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            out,
+            w1_bias,
+            w2_bias,
+            None,
+            None,
+            None,
+            activation_number,
+            interleaved,
+            alpha,
+            limit,
+            use_fp32_acc,
+            kernel,
+            w2_shape[2],
+            trellis,
+        )
+    return out
+
+
+@operator
+def fused_moe_quantized(
+    hidden_states: Tensor,
+    w1: list[Tensor],
+    w1_shape: list[int],
+    w2: list[Tensor],
+    w2_shape: list[int],
+    router_logits: Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    correction_bias: Tensor | None = None,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    group_score: str = "max",
+    renormalize: bool = True,
+    renormalize_epsilon: float | None = None,
+    routed_scaling_factor: float = 1.0,
+    activation: str = "silu",
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    use_fp32_acc: bool = True,
+    kernel: str | None = None,
+    trellis: bool = False,
+) -> Tensor:
+    """`fused_moe` with the buffers of quantised weights, as `fused_experts_quantized` takes them."""
+    op = "fused_moe"
+    routing = check_routing(
+        op,
+        router_logits,
+        top_k,
+        scoring,
+        correction_bias,
+        num_expert_group,
+        topk_group,
+        group_score,
+        renormalize,
+        renormalize_epsilon,
+        routed_scaling_factor,
+    )
+    activation_number = check_experts(
+        op,
+        hidden_states,
+        _given(w1, w1_shape),
+        _given(w2, w2_shape),
+        top_k,
+        activation,
+        w1_bias,
+        w2_bias,
+        interleaved,
+        alpha,
+        limit,
+        None,
+        None,
+        None,
+        use_fp32_acc,
+        kernel,
+    )
+    if router_logits.shape != (hidden_states.shape[0], w1_shape[0]):
+        must = f"[T, E] = {(hidden_states.shape[0], w1_shape[0])}, to fit hidden_states and w1"
+        wrong_shape(op, "router_logits", router_logits, must)
+    others = (
+        ("router_logits", router_logits),
+        ("correction_bias", correction_bias),
+        ("w1_bias", w1_bias),
+        ("w2_bias", w2_bias),
+    )
+    _check_buffers(op, hidden_states, w1, w2, others)
+    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    engine = engine_of(out)
+    if engine is not None:
+        _core.fused_moe(
+            engine,
+            _aligned(hidden_states),
+            w1,
+            w2,
+            router_logits,
+            correction_bias,
+            out,
+            top_k,
+            *routing,
+            w1_bias,
+            w2_bias,
+            None,
+            None,
+            None,
+            activation_number,
+            interleaved,
+            alpha,
+            limit,
+            use_fp32_acc,
+            kernel,
+            w2_shape[2],
+            trellis,
+        )
+    return out
+
+
+@accepts_quantized(fused_experts_quantized)
 @operator
 def fused_experts(
     hidden_states: Tensor,
@@ -64,7 +270,8 @@ def fused_experts(
         hidden_states: [T, H] float32, float16 or bfloat16; rows contiguous, any row stride.
         w1: [E, 2I, H], contiguous, dtype of `hidden_states`: per expert I gate rows, then I up rows.
             With activation "relu2", which has no gate: [E, I, H].
-        w2: [E, H, I], contiguous, dtype of `hidden_states`.
+            Or `QuantizedExperts` of that shape, also of gate and up apart; a bias of its own is added.
+        w2: [E, H, I], contiguous, dtype of `hidden_states`. Or `QuantizedExperts` of that shape.
         topk_weights: [T, k] float32, float16 or bfloat16, any strides.
         topk_ids: [T, k] int32 or int64, any strides. k from 1 to E. An id outside 0..E-1 (an expert that lives on
             another machine) contributes nothing.
@@ -80,7 +287,7 @@ def fused_experts(
         shared_weights: [T, N] float32, float16 or bfloat16, any strides: weights of the shared experts; None: 1.
         use_fp32_acc: accumulate in float32. False, where dtype is float16: sums of up to 16 products are kept in
             float16 and added up in float32, which doubles or triples the error. bfloat16 and float32 always accumulate
-            in float32.
+            in float32, as do layers with quantised weights.
         kernel: force a kernel family, one of "moe_decode", "moe_prefill4", "moe_base", "moe_large_batch", "moe_simd",
             also with the "_fp32acc" that `select_moe_kernel` appends. None: by T and device.
 
@@ -152,6 +359,7 @@ def fused_experts(
     return out
 
 
+@accepts_quantized(fused_moe_quantized)
 @operator
 def fused_moe(
     hidden_states: Tensor,
@@ -187,8 +395,8 @@ def fused_moe(
 
     Args:
         hidden_states: [T, H] float32, float16 or bfloat16; rows contiguous, any row stride.
-        w1: [E, 2I, H] (activation "relu2": [E, I, H]), contiguous, dtype of `hidden_states`.
-        w2: [E, H, I], contiguous, dtype of `hidden_states`.
+        w1: [E, 2I, H] (activation "relu2": [E, I, H]), contiguous, dtype of `hidden_states`; or `QuantizedExperts`.
+        w2: [E, H, I], contiguous, dtype of `hidden_states`; or `QuantizedExperts`.
         router_logits: [T, E] float32, float16 or bfloat16, any strides.
         top_k: experts per token, from 1 to min(E, 16).
         scoring, correction_bias, num_expert_group, topk_group, group_score, renormalize, renormalize_epsilon,

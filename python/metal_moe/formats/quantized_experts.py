@@ -40,6 +40,8 @@ class QuantizedExperts:
             raise ValueError(f"QuantizedExperts: parts are {names}; they must be ('weight',) or {GATE_UP}")
         self.parts = dict(parts)
         self.bias = bias
+        # What fused_experts makes of the parts, kept for the next call.
+        self.kernel_buffers: dict[tuple[bool, bool], list[Tensor]] = {}
         first = self.parts[names[0]]
         for name, part in self.parts.items():
             if (part.num_experts, part.rows, part.columns) != (first.num_experts, first.rows, first.columns):

@@ -1,0 +1,177 @@
+// down on quantised weights: y = h Wd^T + bd, in `decode` also the weighted sum over the experts of a token. Shapes and
+// families as in down.metal; each expert has a record of its own (docs/formats.md), so formats and bits may differ from
+// expert to expert. Bytes to move: those of the codes, scales and biases of the experts chosen.
+#include "combine.h"
+#include "down.h"
+#include "gemm_quantized.h"
+#include "gemv_quantized.h"
+
+constexpr constant uint DOWN_LANE_SIMDGROUPS = simdgroups(DOWN_DECODE_SIMDGROUPS, SIMD_WIDTH);
+constexpr constant uint DOWN_DECODE_THREADGROUP_COLUMNS = gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, SIMD_WIDTH);
+
+/// total[i] = the part of column + i of out[token] that pieces first .. last - 1 are, in this lane: the K of the
+/// token's slots, one after the other, in pieces of SIMDGROUP_RUN_ELEMENTS.
+template <uint N, typename T>
+inline void down_quantized_pieces(device const T* h, device const uchar* codes, device const uchar* scales,
+                                  device const uchar* biases, device const ExpertMatrix* table, device const T* bias,
+                                  device const int* ids, device const uchar* weights, constant ExpertsArgs& args,
+                                  uint token, uint column, uint first, uint last, uint lane,
+                                  thread float (&total)[N][1]) {
+  const uint slot_pieces = divide_up(args.intermediate, SIMDGROUP_RUN_ELEMENTS);
+  const uint runs = args.intermediate / RUN_ELEMENTS;
+  for (uint slot = first / slot_pieces; slot * slot_pieces < last; ++slot) {
+    const uint begin = max(first, slot * slot_pieces) - slot * slot_pieces;
+    const uint end = min(last - slot * slot_pieces, slot_pieces);
+    const uint expert =
+        load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride, args.id_words, args.experts);
+    if (expert == NO_EXPERT)
+      continue;
+    const float weight = down_weight(weights, weights, args, token, slot);
+    const QuantizedRows<N> w{expert_matrix(codes, scales, biases, table, expert), column, args.hidden - 1};
+    Rows<T, 1> x;
+    x.row[0] = h + (ulong(token) * args.top_k + slot) * args.h_row_stride;
+    float sum[N][1];
+    dot_quantized(w, x, begin * SIMD_WIDTH, min(end * SIMD_WIDTH, runs), lane, sum);
+    const bool biased = args.has_bias && begin == 0 && lane == 0;
+    UNROLL
+    for (uint i = 0; i < N; ++i) {
+      const float b = biased && column + i < args.hidden ? float(bias[ulong(expert) * args.hidden + column + i]) : 0.0f;
+      total[i][0] = fma(weight, sum[i][0] + b, total[i][0]);
+    }
+  }
+}
+
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(DOWN_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
+down_quantized_decode(device const T* h [[buffer(0)]], device const uchar* codes [[buffer(1)]],
+                      device const uchar* scales [[buffer(2)]], device const uchar* biases [[buffer(3)]],
+                      device const ExpertMatrix* table [[buffer(4)]], device const T* bias [[buffer(5)]],
+                      device const int* ids [[buffer(6)]], device const uchar* weights [[buffer(7)]],
+                      device T* out [[buffer(8)]], constant ExpertsArgs& args [[buffer(9)]],
+                      threadgroup float* sums [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+                      uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  constexpr uint N = SIMD_WIDTH == 1 ? one_lane_weight_rows<1>() : DOWN_DECODE_COLUMNS;
+  const uint first_column = group.x * DOWN_DECODE_THREADGROUP_COLUMNS, token = group.y;
+  const uint pieces = args.top_k * divide_up(args.intermediate, SIMDGROUP_RUN_ELEMENTS);
+  const uint share = divide_up(pieces, DOWN_LANE_SIMDGROUPS);
+  const uint first = min(simdgroup * share, pieces);
+  const uint last = min(first + share, pieces);
+  device T* to = out + ulong(token) * args.out_row_stride;
+  const uint end = min(first_column + DOWN_DECODE_THREADGROUP_COLUMNS, args.hidden);
+  for (uint column = first_column; column < end; column += N) { // once, on a GPU
+    float total[N][1] = {};
+    down_quantized_pieces(h, codes, scales, biases, table, bias, ids, weights, args, token, column, first, last, lane,
+                          total);
+    const LaneSums<N> own = sum_lanes<0, N>(total, lane);
+    if (DOWN_LANE_SIMDGROUPS == 1) {
+      for (uint i = lane; i < N; i += SIMD_WIDTH)
+        if (column + i < end)
+          to[column + i] = T(own.at(i));
+      continue;
+    }
+    for (uint i = lane; i < N; i += SIMD_WIDTH)
+      sums[simdgroup * N + i] = own.at(i);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = simdgroup * SIMD_WIDTH + lane; i < N && column + i < end; i += DOWN_LANE_SIMDGROUPS * SIMD_WIDTH) {
+      float sum = sums[i];
+      for (uint s = 1; s < DOWN_LANE_SIMDGROUPS; ++s)
+        sum += sums[s * N + i];
+      to[column + i] = T(sum);
+    }
+  }
+}
+
+/// Columns column .. column + R - 1 of y, in prefill4.
+template <typename T>
+struct DownQuantizedBlock {
+  static constexpr constant uint R = gemv_columns<GEMV_ROWS, 1>(QUANTIZED_COLUMNS);
+  SortedRows<T> rows;
+  device float* y;      // of row 0
+  device const T* bias; // of the expert, or null
+  uint count;           // rows
+  uint end;
+  uint lane;
+  thread const QuantizedMatrix& matrix;
+  constant ExpertsArgs& args;
+
+  template <uint C>
+  void run(uint column, uint first) thread const {
+    float sum[R][C];
+    const QuantizedRows<R> w{matrix, column, args.hidden - 1};
+    dot_quantized_block<T>(w, rows, first, count, args.intermediate, lane, sum);
+    const LaneSums<R * C> sums = sum_lanes<0, R>(sum, lane);
+    for (uint e = lane; e < R * C; e += SIMD_WIDTH) {
+      const uint n = column + e / C;
+      if (n < end && first + e % C < count)
+        y[ulong(first + e % C) * args.out_row_stride + n] = sums.at(e) + (bias ? float(bias[n]) : 0.0f);
+    }
+  }
+};
+
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
+down_quantized_prefill4(device const T* h [[buffer(0)]], device const uchar* codes [[buffer(1)]],
+                        device const uchar* scales [[buffer(2)]], device const uchar* biases [[buffer(3)]],
+                        device const ExpertMatrix* table [[buffer(4)]], device const T* bias [[buffer(5)]],
+                        device const RowTile* tiles [[buffer(6)]], device float* y [[buffer(7)]],
+                        constant ExpertsArgs& args [[buffer(8)]], uint3 group [[threadgroup_position_in_grid]],
+                        uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const RowTile tile = tiles[group.x];
+  if (tile.rows == 0)
+    return;
+  using Block = DownQuantizedBlock<T>;
+  const QuantizedMatrix matrix = expert_matrix(codes, scales, biases, table, tile.expert);
+  const SortedRows<T> rows{h + ulong(tile.first_row) * args.h_row_stride, args.h_row_stride};
+  device const T* b = args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
+  device float* to = y + ulong(tile.first_row) * args.out_row_stride;
+  const uint first_column = group.y * QUANTIZED_THREADGROUP_COLUMNS;
+  const uint end = min(first_column + QUANTIZED_THREADGROUP_COLUMNS, args.hidden);
+  const Block block{rows, to, b, tile.rows, end, lane, matrix, args};
+  for (uint column = first_column + simdgroup * Block::R; column < end; column += GEMV_LANE_SIMDGROUPS * Block::R)
+    for_quantized_row_runs<GEMV_ROWS>(block, column, tile.rows);
+}
+
+template <typename T, uint ROW_TILE, uint TILE_N>
+[[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
+down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [[buffer(1)]],
+                    device const uchar* scales [[buffer(2)]], device const uchar* biases [[buffer(3)]],
+                    device const ExpertMatrix* table [[buffer(4)]], device const T* bias [[buffer(5)]],
+                    device const RowTile* tiles [[buffer(6)]], device float* y [[buffer(7)]],
+                    constant ExpertsArgs& args [[buffer(8)]], threadgroup uchar* memory [[threadgroup(0)]],
+                    uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                    uint lane [[thread_index_in_simdgroup]]) {
+  const RowTile tile = tiles[group.x];
+  if (tile.rows == 0)
+    return;
+  using Tile = GemmTile<T, float, 1, ROW_TILE, TILE_N, true>;
+  const uint first_column = group.y * Tile::COLUMNS;
+
+  QuantizedStager<T, 1, Tile::COLUMNS, Tile::K_TILE, typename Tile::Layout> weights;
+  weights.matrices[0] = expert_matrix(codes, scales, biases, table, tile.expert);
+  weights.first_column = first_column;
+  weights.columns = args.hidden;
+  weights.thread_index = simdgroup * SIMD_WIDTH + lane;
+
+  const SortedRows<T> rows{h + ulong(tile.first_row) * args.h_row_stride, args.h_row_stride};
+  Tile product;
+  product.multiply_decoded(rows, tile.rows, weights, args.intermediate, memory, simdgroup, lane);
+
+  device const T* b = args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
+  const DownStore<T> store{
+      y + ulong(tile.first_row) * args.out_row_stride, b, tile.rows, first_column, args.hidden, args.out_row_stride};
+  product.for_each_pair(store, memory, simdgroup, lane);
+}
+
+#define INSTANTIATE(NAME, ...) template [[host_name(NAME)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
+
+// Every family.
+#define FAMILIES(T, T_NAME)                                                                                            \
+  INSTANTIATE("down_quantized_decode_fp32acc_" T_NAME, down_quantized_decode<T>)                                       \
+  INSTANTIATE("down_quantized_prefill4_fp32acc_" T_NAME, down_quantized_prefill4<T>)                                   \
+  INSTANTIATE("down_quantized_base_fp32acc_" T_NAME, down_quantized_gemm<T, BASE_ROW_TILE, BASE_TILE_N>)               \
+  INSTANTIATE("down_quantized_large_batch_fp32acc_m16_" T_NAME, down_quantized_gemm<T, 16, LARGE_BATCH_TILE_N>)        \
+  INSTANTIATE("down_quantized_large_batch_fp32acc_m64_" T_NAME, down_quantized_gemm<T, 64, LARGE_BATCH_TILE_N>)
+
+FAMILIES(float, "fp32")
+FAMILIES(half, "fp16")
+FAMILIES(bfloat, "bf16")

@@ -1,0 +1,38 @@
+// What gate_up does on dense and on quantised weights: the order of biases, and storing the sums of a row tile.
+#pragma once
+#include "gemm.h"
+
+/// w1 rows of gate column n, and of its up column: see ExpertsArgs::interleaved.
+inline uint gate_row(uint n, bool interleaved) { return interleaved ? 2 * n : n; }
+inline uint up_row(uint n, uint intermediate, bool interleaved) { return interleaved ? 2 * n + 1 : intermediate + n; }
+
+/// Where a row tile's sums go: biased, activated, to h.
+template <typename T, bool GATED>
+struct GateUpStore {
+  static constexpr constant uint MATRICES = GATED ? 2 : 1;
+  device T* h;          // of the tile's first row
+  device const T* bias; // of the expert, or null
+  uint rows;
+  uint first_column;
+  uint intermediate;
+  constant ExpertsArgs& args;
+
+  void operator()(uint row, uint column, thread const float (&sums)[MATRICES][2]) thread const {
+    const uint n = first_column + column;
+    if (row >= rows || n >= intermediate)
+      return;
+    float value[2];
+    UNROLL
+    for (uint i = 0; i < 2; ++i) {
+      float gate = sums[0][i];
+      float up = GATED ? sums[MATRICES - 1][i] : 0.0f;
+      if (bias && n + i < intermediate) {
+        gate += float(bias[GATED ? gate_row(n + i, args.interleaved) : n + i]);
+        if (GATED)
+          up += float(bias[up_row(n + i, intermediate, args.interleaved)]);
+      }
+      value[i] = activate(args.activation, gate, up, args.alpha, args.limit);
+    }
+    store_pair(h + ulong(row) * args.h_row_stride, n, intermediate, true, value[0], value[1]);
+  }
+};

@@ -1,0 +1,185 @@
+// gate_up on quantised weights: h = act(x Wg^T + bg) * (x Wu^T + bu). Shapes and families as in gate_up.metal; gate and
+// up are two parts, each with its own buffers and a record per expert (docs/formats.md), so that formats and bits may
+// differ between them and from expert to expert. Bytes to move: those of the codes, scales and biases of the experts
+// chosen.
+#include "gate_up.h"
+#include "gemm_quantized.h"
+#include "gemv_quantized.h"
+
+/// One projection of all experts.
+struct GateUpPart {
+  device const uchar* codes;
+  device const uchar* scales;
+  device const uchar* biases;
+  device const ExpertMatrix* table;
+
+  QuantizedMatrix of(uint expert) thread const { return expert_matrix(codes, scales, biases, table, expert); }
+};
+
+/// Columns column .. column + R - 1 of h, in the GEMV families: first gate, then up.
+template <uint MAX_ROWS, typename T, bool GATED, typename Source>
+struct GateUpQuantizedBlock {
+  static constexpr constant uint R = gemv_columns<MAX_ROWS, 1>(QUANTIZED_COLUMNS);
+  Source rows;
+  device T* h;          // of row 0
+  device const T* bias; // of the expert, or null
+  uint count;           // rows
+  uint end;
+  uint lane;
+  thread const QuantizedMatrix& gate;
+  thread const QuantizedMatrix& up;
+  constant ExpertsArgs& args;
+
+  template <uint C>
+  void run(uint column, uint first) thread const {
+    const uint intermediate = args.intermediate;
+    LaneSums<R * C> gates = {}, ups = {}; // without a gate the same, and `ups` is not used
+    // A loop, for all decoders are in it once.
+    for (uint matrix = 0; matrix < 2; ++matrix) {
+      gates = ups;
+      QuantizedRows<R> w{gate, column, intermediate - 1};
+      if (GATED && matrix == 1)
+        w.matrix = up;
+      if (GATED || matrix == 1) {
+        float sum[R][C];
+        dot_quantized_block<T>(w, rows, first, count, args.hidden, lane, sum);
+        ups = sum_lanes<0, R>(sum, lane);
+      }
+    }
+    if (!GATED)
+      gates = ups;
+    for (uint e = lane; e < R * C; e += SIMD_WIDTH) {
+      const uint n = column + e / C;
+      if (n >= end || first + e % C >= count)
+        continue;
+      float gate_sum = gates.at(e), up_sum = ups.at(e);
+      if (bias) {
+        gate_sum += float(bias[GATED ? gate_row(n, args.interleaved) : n]);
+        if (GATED)
+          up_sum += float(bias[up_row(n, intermediate, args.interleaved)]);
+      }
+      h[ulong(first + e % C) * args.h_row_stride + n] =
+          T(activate(args.activation, gate_sum, up_sum, args.alpha, args.limit));
+    }
+  }
+};
+
+/// The columns of one threadgroup for `count` rows of one expert.
+template <uint MAX_ROWS, typename T, bool GATED, typename Source>
+inline void gate_up_quantized_gemv(thread const Source& rows, uint count, thread const GateUpPart& gate,
+                                   thread const GateUpPart& up, device const T* bias, uint expert, device T* h,
+                                   uint first_column, constant ExpertsArgs& args, uint simdgroup, uint lane) {
+  using Block = GateUpQuantizedBlock<MAX_ROWS, T, GATED, Source>;
+  const QuantizedMatrix gate_matrix = gate.of(expert);
+  QuantizedMatrix up_matrix = gate_matrix;
+  if (GATED)
+    up_matrix = up.of(expert);
+  device const T* b = args.has_bias ? bias + ulong(expert) * (GATED ? 2 : 1) * args.intermediate : nullptr;
+  const uint end = min(first_column + QUANTIZED_THREADGROUP_COLUMNS, args.intermediate);
+  const Block block{rows, h, b, count, end, lane, gate_matrix, up_matrix, args};
+  for (uint column = first_column + simdgroup * Block::R; column < end; column += GEMV_LANE_SIMDGROUPS * Block::R)
+    for_quantized_row_runs<MAX_ROWS>(block, column, count);
+}
+
+template <typename T, bool GATED>
+[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
+gate_up_quantized_decode(device const T* x [[buffer(0)]], device const uchar* gate_codes [[buffer(1)]],
+                         device const uchar* gate_scales [[buffer(2)]], device const uchar* gate_biases [[buffer(3)]],
+                         device const ExpertMatrix* gate_table [[buffer(4)]],
+                         device const uchar* up_codes [[buffer(5)]], device const uchar* up_scales [[buffer(6)]],
+                         device const uchar* up_biases [[buffer(7)]], device const ExpertMatrix* up_table [[buffer(8)]],
+                         device const T* bias [[buffer(9)]], device const int* ids [[buffer(10)]],
+                         device T* h [[buffer(11)]], constant ExpertsArgs& args [[buffer(12)]],
+                         uint3 group [[threadgroup_position_in_grid]],
+                         uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint slot = group.y, token = group.z;
+  const uint expert =
+      load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride, args.id_words, args.experts);
+  if (expert == NO_EXPERT)
+    return; // dropped: `down` skips the row too
+  const GateUpPart gate{gate_codes, gate_scales, gate_biases, gate_table};
+  const GateUpPart up{up_codes, up_scales, up_biases, up_table};
+  const SortedRows<T> rows{x + ulong(token) * args.x_row_stride, 0};
+  device T* to = h + (ulong(token) * args.top_k + slot) * args.h_row_stride;
+  gate_up_quantized_gemv<1, T, GATED>(rows, 1, gate, up, bias, expert, to, group.x * QUANTIZED_THREADGROUP_COLUMNS,
+                                      args, simdgroup, lane);
+}
+
+template <typename T, bool GATED>
+[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void gate_up_quantized_prefill4(
+    device const T* x [[buffer(0)]], device const uchar* gate_codes [[buffer(1)]],
+    device const uchar* gate_scales [[buffer(2)]], device const uchar* gate_biases [[buffer(3)]],
+    device const ExpertMatrix* gate_table [[buffer(4)]], device const uchar* up_codes [[buffer(5)]],
+    device const uchar* up_scales [[buffer(6)]], device const uchar* up_biases [[buffer(7)]],
+    device const ExpertMatrix* up_table [[buffer(8)]], device const T* bias [[buffer(9)]],
+    device const uint* sorted_rows [[buffer(10)]], device const RowTile* tiles [[buffer(11)]],
+    device T* h [[buffer(12)]], constant ExpertsArgs& args [[buffer(13)]], uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const RowTile tile = tiles[group.x];
+  if (tile.rows == 0)
+    return;
+  const GateUpPart gate{gate_codes, gate_scales, gate_biases, gate_table};
+  const GateUpPart up{up_codes, up_scales, up_biases, up_table};
+  const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k, args.x_row_stride};
+  gate_up_quantized_gemv<GEMV_ROWS, T, GATED>(rows, tile.rows, gate, up, bias, tile.expert,
+                                              h + ulong(tile.first_row) * args.h_row_stride,
+                                              group.y * QUANTIZED_THREADGROUP_COLUMNS, args, simdgroup, lane);
+}
+
+template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
+[[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
+gate_up_quantized_gemm(device const T* x [[buffer(0)]], device const uchar* gate_codes [[buffer(1)]],
+                       device const uchar* gate_scales [[buffer(2)]], device const uchar* gate_biases [[buffer(3)]],
+                       device const ExpertMatrix* gate_table [[buffer(4)]], device const uchar* up_codes [[buffer(5)]],
+                       device const uchar* up_scales [[buffer(6)]], device const uchar* up_biases [[buffer(7)]],
+                       device const ExpertMatrix* up_table [[buffer(8)]], device const T* bias [[buffer(9)]],
+                       device const uint* sorted_rows [[buffer(10)]], device const RowTile* tiles [[buffer(11)]],
+                       device T* h [[buffer(12)]], constant ExpertsArgs& args [[buffer(13)]],
+                       threadgroup uchar* memory [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+                       uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  constexpr uint MATRICES = GATED ? 2 : 1;
+  using Tile = GemmTile<T, float, MATRICES, ROW_TILE, TILE_N, true>;
+  const RowTile tile = tiles[group.x];
+  const uint first_column = group.y * Tile::COLUMNS;
+  if (tile.rows == 0 || first_column >= args.intermediate)
+    return;
+
+  QuantizedStager<T, MATRICES, Tile::COLUMNS, Tile::K_TILE, typename Tile::Layout> weights;
+  const GateUpPart gate{gate_codes, gate_scales, gate_biases, gate_table};
+  weights.matrices[0] = gate.of(tile.expert);
+  if (GATED) {
+    const GateUpPart up{up_codes, up_scales, up_biases, up_table};
+    weights.matrices[MATRICES - 1] = up.of(tile.expert);
+  }
+  weights.first_column = first_column;
+  weights.columns = args.intermediate;
+  weights.thread_index = simdgroup * SIMD_WIDTH + lane;
+
+  const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k, args.x_row_stride};
+  Tile product;
+  product.multiply_decoded(rows, tile.rows, weights, args.hidden, memory, simdgroup, lane);
+
+  device const T* b = args.has_bias ? bias + ulong(tile.expert) * MATRICES * args.intermediate : nullptr;
+  const GateUpStore<T, GATED> store{
+      h + ulong(tile.first_row) * args.h_row_stride, b, tile.rows, first_column, args.intermediate, args};
+  product.for_each_pair(store, memory, simdgroup, lane);
+}
+
+#define INSTANTIATE(NAME, ...) template [[host_name(NAME)]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
+
+// One stage in every family.
+#define FAMILIES(STAGE, GATED, T, T_NAME)                                                                              \
+  INSTANTIATE(STAGE "_quantized_decode_fp32acc_" T_NAME, gate_up_quantized_decode<T, GATED>)                           \
+  INSTANTIATE(STAGE "_quantized_prefill4_fp32acc_" T_NAME, gate_up_quantized_prefill4<T, GATED>)                       \
+  INSTANTIATE(STAGE "_quantized_base_fp32acc_" T_NAME, gate_up_quantized_gemm<T, GATED, BASE_ROW_TILE, BASE_TILE_N>)   \
+  INSTANTIATE(STAGE "_quantized_large_batch_fp32acc_m16_" T_NAME,                                                      \
+              gate_up_quantized_gemm<T, GATED, 16, LARGE_BATCH_TILE_N>)                                                \
+  INSTANTIATE(STAGE "_quantized_large_batch_fp32acc_m64_" T_NAME,                                                      \
+              gate_up_quantized_gemm<T, GATED, 64, LARGE_BATCH_TILE_N>)
+
+FAMILIES("gate_up", true, float, "fp32")
+FAMILIES("gate_up", true, half, "fp16")
+FAMILIES("gate_up", true, bfloat, "bf16")
+FAMILIES("up", false, float, "fp32")
+FAMILIES("up", false, half, "fp16")
+FAMILIES("up", false, bfloat, "bf16")

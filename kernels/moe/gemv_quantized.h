@@ -1,0 +1,148 @@
+// The GEMV families on quantised weights: dot products of decoded rows, see gemv.h for who computes what.
+//
+// A lane takes a run of RUN_ELEMENTS elements of K at a time, the lanes of a simdgroup side by side: 16 bytes of codes
+// at 4 bits. Scales are applied to the sum over a run, not to each of its weights. Runs of the next step are loaded
+// before those of this one are used.
+#pragma once
+#include "../formats/decoders.h"
+#include "gemv.h"
+
+constexpr constant uint QUANTIZED_THREADGROUP_COLUMNS =
+    gemv_threadgroup_columns(GEMV_SIMDGROUPS * QUANTIZED_COLUMNS, SIMD_WIDTH);
+/// Elements of a row that a simdgroup takes at a time.
+constexpr constant uint SIMDGROUP_RUN_ELEMENTS = SIMD_WIDTH * RUN_ELEMENTS;
+
+/// Runs `block` over `count` rows. On a GPU one row, or GEMV_ROWS of which some may not be there: every number of rows
+/// would be another copy of every decoder.
+template <uint MAX_ROWS, typename Block>
+inline void for_quantized_row_runs(thread const Block& block, uint column, uint count) {
+  if (SIMD_WIDTH == 1) {
+    for_row_runs<MAX_ROWS>(block, column, count);
+    return;
+  }
+  if (MAX_ROWS == 1 || count == 1) {
+    block.template run<1>(column, 0);
+    return;
+  }
+  for (uint first = 0; first < count; first += MAX_ROWS)
+    block.template run<MAX_ROWS>(column, first);
+}
+
+/// Rows first, first + 1, ... of a matrix; beyond the last one it again (what they give is not stored).
+template <uint R>
+struct QuantizedRows {
+  QuantizedMatrix matrix;
+  uint first;
+  uint last;
+
+  uint row(uint r) thread const { return min(first + r, last); }
+};
+
+/// sum[r][c] = this lane's part of weight row r . row c of x, over runs begin .. end - 1 of K.
+template <uint R, uint C, typename T>
+struct QuantizedDot {
+  thread const QuantizedRows<R>& w;
+  thread const Rows<T, C>& x;
+  uint begin;
+  uint end;
+  uint lane;
+  thread float (&sum)[R][C];
+
+  template <typename Run>
+  void run() thread const {
+#ifdef METAL_SIM_NATIVE
+    device const uchar* codes[R];
+    device const uchar* scales[R];
+    device const uchar* biases[R];
+    for (uint r = 0; r < R; ++r) {
+      codes[r] = w.matrix.row_codes(w.row(r));
+      scales[r] = w.matrix.row_scales(w.row(r));
+      biases[r] = w.matrix.row_biases(w.row(r));
+    }
+    metal_sim::dot_quantized<Run>(codes, scales, biases, ulong(R) * w.matrix.codes_stride, w.matrix.group_shift,
+                                  w.matrix.scale_type, x.row, begin, end, sum);
+#else
+    UNROLL
+    for (uint r = 0; r < R; ++r) {
+      UNROLL
+      for (uint c = 0; c < C; ++c)
+        sum[r][c] = 0.0f;
+    }
+    uint k = begin + lane;
+    if (k >= end)
+      return;
+    Run runs[R];
+    load(k, runs);
+    for (uint next_k = k + SIMD_WIDTH; next_k < end; next_k += SIMD_WIDTH) {
+      Run next[R];
+      load(next_k, next);
+      add_products(runs, k);
+      UNROLL
+      for (uint r = 0; r < R; ++r)
+        runs[r] = next[r];
+      k = next_k;
+    }
+    add_products(runs, k);
+#endif
+  }
+
+#ifndef METAL_SIM_NATIVE
+private:
+  template <typename Run>
+  void load(uint k, thread Run (&runs)[R]) thread const {
+    UNROLL
+    for (uint r = 0; r < R; ++r)
+      runs[r].load(w.matrix, w.row(r), k);
+  }
+
+  template <typename Run>
+  void add_products(thread const Run (&runs)[R], uint k) thread const {
+    float part[R][C] = {}, total[C] = {};
+    UNROLL
+    for (uint first = 0; first < RUN_ELEMENTS; first += LANE_ELEMENTS) {
+      LaneRun<T> xs[C];
+      UNROLL
+      for (uint c = 0; c < C; ++c)
+        load_run<true, false>(x.row[c] + k * RUN_ELEMENTS + first, xs[c]);
+      UNROLL
+      for (uint i = 0; i < LANE_ELEMENTS; ++i) {
+        UNROLL
+        for (uint c = 0; c < C; ++c)
+          total[c] += xs[c].element(i);
+        UNROLL
+        for (uint r = 0; r < R; ++r) {
+          const float element = runs[r].element(first + i);
+          UNROLL
+          for (uint c = 0; c < C; ++c)
+            part[r][c] = fma(element, xs[c].element(i), part[r][c]);
+        }
+      }
+    }
+    UNROLL
+    for (uint r = 0; r < R; ++r) {
+      UNROLL
+      for (uint c = 0; c < C; ++c)
+        sum[r][c] = runs[r].add(sum[r][c], part[r][c], total[c]);
+    }
+  }
+#endif
+};
+
+template <uint R, uint C, typename T>
+inline void dot_quantized(thread const QuantizedRows<R>& w, thread const Rows<T, C>& x, uint begin, uint end, uint lane,
+                          thread float (&sum)[R][C]) {
+  const QuantizedDot<R, C, T> dot{w, x, begin, end, lane, sum};
+  with_decoder(w.matrix, dot);
+}
+
+/// The same with all of K and rows first, first + 1, ... of `rows`; beyond the last of `count` it again (what they give
+/// is not stored).
+template <typename T, uint R, uint C, typename Source>
+inline void dot_quantized_block(thread const QuantizedRows<R>& w, thread const Source& rows, uint first, uint count,
+                                uint K, uint lane, thread float (&sum)[R][C]) {
+  Rows<T, C> x;
+  UNROLL
+  for (uint c = 0; c < C; ++c)
+    x.row[c] = rows.at(min(first + c, count - 1));
+  dot_quantized(w, x, 0, K / RUN_ELEMENTS, lane, sum);
+}

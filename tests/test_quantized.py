@@ -1,0 +1,290 @@
+"""Layers with quantised weights: against float64 on what the codes say, at the rounding of the activations' type."""
+
+import itertools
+
+import metal_moe
+import pytest
+import reference
+import torch
+from cases import DTYPES, ENGINES, FAMILIES, Layer, assert_close, make_layer
+from metal_moe import QuantizedExperts
+
+AFFINE = [
+    {"format": "affine", "bits": bits, "group_size": group} for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)
+]
+FORMATS = [*AFFINE, {"format": "mxfp4"}, {"format": "mxfp8"}, {"format": "nvfp4"}]
+TOKENS = {"moe_decode": 1, "moe_prefill4": 7, "moe_base": 9, "moe_large_batch": 20, "moe_simd": 20}
+# hidden, intermediate, bits: no multiples of a stage or of what a simdgroup takes at a time, some beyond it.
+SIZES = {"native": [(32, 32, 4), (96, 32, 3), (160, 96, 5), (1056, 64, 4), (64, 1088, 6)]}
+SIZES["exact"] = SIZES["cuda"] = [(32, 32, 4), (96, 32, 3), (1056, 32, 4), (32, 1056, 6)]
+
+
+def name_of(settings: dict) -> str:
+    return "-".join(str(value) for value in settings.values())
+
+
+def quantized(w: torch.Tensor, **settings) -> QuantizedExperts:
+    return QuantizedExperts.quantize(w, **settings)
+
+
+def reference_of(layer: Layer, w1, w2):
+    """float64 on the weights that the codes stand for."""
+
+    def dense(w):
+        return w.dequantize(torch.float64) if isinstance(w, QuantizedExperts) else w
+
+    options = {k: v for k, v in layer.options.items() if k not in ("use_fp32_acc", "kernel")}
+    return reference.experts(layer.hidden_states, dense(w1), dense(w2), layer.topk_weights, layer.topk_ids, **options)
+
+
+def check(layer: Layer, w1, w2, **overrides) -> torch.Tensor:
+    out = Layer(layer.hidden_states, w1, w2, layer.topk_weights, layer.topk_ids, layer.options).run(**overrides)
+    assert out.dtype == layer.hidden_states.dtype
+    assert_close(out, reference_of(layer, w1, w2), f"{layer.hidden_states.shape} {w1!r} {w2!r} {overrides}")
+    return out
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", FORMATS, ids=name_of)
+def test_every_format_in_every_family(use_engine, engine, family, settings):
+    use_engine(engine)
+    # The exact engine takes a thousand times as long.
+    for dtype in [torch.float32] if engine == "exact" else DTYPES.values():
+        hidden = 128 if engine == "exact" else 256
+        layer = make_layer(TOKENS[family], hidden, 128, 3, 2, dtype)
+        check(layer, quantized(layer.w1, **settings), quantized(layer.w2, **settings), kernel=family)
+        ran = metal_moe.last_dispatch()
+        kernels = [kernel for kernel in ran["kernels"] if kernel.startswith(("gate_up", "down"))]
+        assert len(kernels) == 2 and all("_quantized_" in kernel for kernel in kernels)
+        assert ran["family"] == family + "_fp32acc"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_sizes(use_engine, engine, family):
+    """Any number of columns; K in whole groups, among them such as no stage or simdgroup has room for."""
+    use_engine(engine)
+    for hidden, intermediate, bits in SIZES[engine]:
+        layer = make_layer(TOKENS[family], hidden, intermediate, 3, 2, torch.float32, bias=True)
+        w1 = quantized(layer.w1, format="affine", bits=bits, group_size=32)
+        check(layer, w1, quantized(layer.w2, format="mxfp4"), kernel=family)
+    # 67 columns of gate and up, and dense weights after them.
+    layer = make_layer(TOKENS[family], 64, 67, 3, 2, torch.float32)
+    w1 = quantized(layer.w1, format="affine", bits=4, group_size=32)
+    check(layer, w1, layer.w2, kernel=family)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixed_bits_and_formats(use_engine, engine, family, dtype):
+    """Gate, up and down of bits of their own, experts too, in the same dispatches as ever."""
+    use_engine(engine)
+    layer = make_layer(TOKENS[family] + 3, 128, 64, 6, 3, DTYPES[dtype], bias=True, routing="dropped")
+    gate_up = {"gate": 6, "up": [2, 3, 4, 5, 6, 8]}
+    w1 = quantized(layer.w1, format="affine", bits=gate_up, group_size=64)
+    some = [{"format": "affine", "bits": 3, "group_size": 32}, {"format": "mxfp4"}, {"format": "nvfp4"}]
+    some += [{"format": "mxfp8"}, {"format": "affine", "bits": 8}, {"format": "affine", "bits": 2, "group_size": 64}]
+    w2 = QuantizedExperts.cat([quantized(layer.w2[e : e + 1], **settings) for e, settings in enumerate(some)])
+    check(layer, w1, w2, kernel=family)
+    assert metal_moe.last_dispatch()["dispatches"] == (2 if family == "moe_decode" else 4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("activation", ["silu", "relu2", "swiglu_clamp"])
+def test_activations_interleaving_and_dropped_ids(use_engine, engine, family, activation):
+    use_engine(engine)
+    for interleaved, routing in itertools.product({False, activation != "relu2"}, ("dropped", "none", "few")):
+        options = {"activation": activation, "interleaved": interleaved, "routing": routing, "bias": True}
+        layer = make_layer(TOKENS[family], 64, 96, 4, 3, torch.bfloat16, **options)
+        w1 = quantized(layer.w1, format="mxfp4")
+        check(layer, w1, quantized(layer.w2, format="affine", group_size=32), kernel=family)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_product_quantised(use_engine, engine, family):
+    """w1 dense and w2 quantised, and the other way round."""
+    use_engine(engine)
+    layer = make_layer(TOKENS[family], 64, 64, 4, 2, torch.float16)
+    check(layer, quantized(layer.w1), layer.w2, kernel=family)
+    check(layer, layer.w1, quantized(layer.w2), kernel=family, use_fp32_acc=False)
+    assert metal_moe.last_dispatch()["family"] == family + "_fp32acc"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("scale", ["float32", "float16", "bfloat16"])
+def test_scale_types(use_engine, engine, scale):
+    use_engine(engine)
+    for family, tokens in TOKENS.items():
+        layer = make_layer(tokens, 64, 64, 4, 2, torch.float32)
+        options = {"bits": 4, "group_size": 32, "scale_dtype": getattr(torch, scale)}
+        check(layer, quantized(layer.w1, **options), quantized(layer.w2, **options), kernel=family)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_extreme_scales(use_engine, engine):
+    """e8m0 to the ends of fp32, and its NaN, which stays in its row."""
+    use_engine(engine)
+    blocks = torch.randint(0, 256, (2, 64, 2, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    for code in (20, 127, 230):
+        scales = torch.full((2, 64, 2), code, dtype=torch.uint8)
+        w2 = QuantizedExperts.from_mxfp4(blocks, scales)
+        for family, tokens in TOKENS.items():
+            layer = make_layer(tokens, 64, 64, 2, 1, torch.float32)
+            check(layer, layer.w1, w2, kernel=family)
+    scales[:, 5, 1] = 255
+    layer = make_layer(1, 64, 64, 2, 1, torch.float32)
+    w2 = QuantizedExperts.from_mxfp4(blocks, scales)
+    out = Layer(layer.hidden_states, layer.w1, w2, layer.topk_weights, layer.topk_ids).run()
+    assert out[0, 5].isnan() and not out[0, torch.arange(64) != 5].isnan().any()
+
+
+def test_mxfp8_nan_is_nan(use_engine):
+    for engine in ENGINES:
+        use_engine(engine)
+        layer = make_layer(1, 64, 64, 1, 1, torch.float32)
+        w2 = quantized(layer.w2, format="mxfp8")
+        w2.parts["weight"].codes[7 * 64 + 3] = 0x7F
+        out = Layer(layer.hidden_states, layer.w1, w2, layer.topk_weights, layer.topk_ids).run()
+        assert out[0, 7].isnan() and not out[0, torch.arange(64) != 7].isnan().any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_codes_that_are_not_aligned(use_engine, engine):
+    """Up begins inside a fused tensor, at 4 bytes' alignment: 3-bit rows of 32 columns have 12 bytes."""
+    use_engine(engine)
+    for family, tokens in TOKENS.items():
+        for bits in (2, 3, 4, 6):
+            layer = make_layer(tokens, 32, 33, 3, 2, torch.float32)
+            w1 = quantized(layer.w1, format="affine", bits=bits, group_size=32)
+            check(layer, w1, layer.w2, kernel=family)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_hidden_states_of_any_stride(use_engine, engine):
+    use_engine(engine)
+    layer = make_layer(5, 64, 64, 4, 2, torch.bfloat16)
+    w1, w2 = quantized(layer.w1), quantized(layer.w2)
+    wide = torch.zeros(10, 75, dtype=torch.bfloat16)
+    expected = check(layer, w1, w2)
+    layer.hidden_states = wide[::2, 3:67].copy_(layer.hidden_states)
+    assert torch.equal(check(layer, w1, w2), expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("tokens", [0, 1, 6])
+def test_fused_moe_routes_and_computes(use_engine, engine, tokens):
+    use_engine(engine)
+    layer = make_layer(tokens, 64, 64, 8, 2, torch.bfloat16)
+    w1, w2 = quantized(layer.w1), quantized(layer.w2, format="mxfp4")
+    logits = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(2))
+    weights, ids = metal_moe.fused_topk(logits, 2)
+    expected = metal_moe.fused_experts(layer.hidden_states, w1, w2, weights, ids)
+    assert torch.equal(metal_moe.fused_moe(layer.hidden_states, w1, w2, logits, 2), expected)
+
+
+def test_seeds_and_repeats_give_the_same_bits(exact_engine):
+    layer = make_layer(20, 96, 64, 4, 2, torch.float16, routing="dropped")
+    w1, w2 = quantized(layer.w1, format="mxfp4"), quantized(layer.w2, bits=3)
+    for family in FAMILIES:
+        results = []
+        for seed in (1, 2, 3):
+            exact_engine(seed)
+            results.append(check(layer, w1, w2, kernel=family))
+        assert all(torch.equal(results[0], result) for result in results)
+
+
+def test_biases_of_the_weights_themselves():
+    layer = make_layer(3, 64, 64, 4, 2, torch.float32, bias=True)
+    bias1, bias2 = layer.options.pop("w1_bias"), layer.options.pop("w2_bias")
+    w1, w2 = quantized(layer.w1, bias=bias1), quantized(layer.w2, bias=bias2)
+    arguments = (layer.hidden_states, w1, w2, layer.topk_weights, layer.topk_ids)
+    got = metal_moe.fused_experts(*arguments)
+    layer.options.update(w1_bias=bias1, w2_bias=bias2)
+    assert_close(got, reference_of(layer, w1, w2))
+    with pytest.raises(ValueError, match="w1_bias is given; it must be None where w1 has a bias of its own"):
+        metal_moe.fused_experts(*arguments, w1_bias=bias1)
+
+
+def test_what_is_refused():
+    layer = make_layer(2, 128, 128, 4, 2, torch.float32)
+    w1, w2 = quantized(layer.w1), quantized(layer.w2)
+    pair = quantized(layer.w1, bits={"gate": 4, "up": 2})
+    trellis = quantized(layer.w2[:1], format="trellis", bits=8)
+
+    def run(first, second, **options):
+        x, weights, ids = layer.hidden_states, layer.topk_weights, layer.topk_ids
+        return metal_moe.fused_experts(x, first, second, weights, ids, **options)
+
+    for text, call in {
+        "shared_w1 is given; it must be None where w1 or w2 is quantised": lambda: run(w1, w2, shared_w1=layer.w1),
+        "interleaved is True; it must be False where gate and up": lambda: run(pair, w2, interleaved=True),
+        'w1 is a pair of gate and up; it must be one matrix per expert with activation "relu2"': lambda: run(
+            pair, w2, activation="relu2"
+        ),
+        "w2 is a pair of gate and up; it must be one matrix per expert": lambda: run(w1, pair),
+        "w1 is of another format; it must be trellis, as the other of w1 and w2 is": lambda: run(w1, trellis),
+        r"w2 has shape \(4, 128, 64\); it must be": lambda: run(w1, quantized(layer.w2[:, :, :64].contiguous())),
+        r"w1 has shape \(4, 256, 64\); it must be": lambda: run(quantized(layer.w1[:, :, :64].contiguous()), w2),
+        "kernel is 'fast': must be one of": lambda: run(w1, w2, kernel="fast"),
+    }.items():
+        with pytest.raises(ValueError, match=text):
+            call()
+    with pytest.raises(TypeError, match="w2 is of type list; it must be a torch.Tensor or QuantizedExperts"):
+        run(w1, [1])
+    with pytest.raises(TypeError, match="w2 is torch.float16; it must be torch.float32"):
+        run(w1, layer.w2.half())
+
+
+def test_buffers_that_are_not_aligned_are_refused():
+    layer = make_layer(2, 64, 64, 4, 2, torch.float32)
+    w2 = quantized(layer.w2)
+    part = w2.parts["weight"]
+    moved = torch.zeros(part.codes.numel() + 4, dtype=torch.uint8)[4:].copy_(part.codes)
+    unaligned = QuantizedExperts({"weight": type(part)(moved, part.scales, part.biases, part.table)})
+    arguments = (layer.hidden_states, layer.w1, unaligned, layer.topk_weights, layer.topk_ids)
+    with pytest.raises(ValueError, match=r"w2 has codes at an address that is 4 beyond a multiple of 16.*aligned\(\)"):
+        metal_moe.fused_experts(*arguments)
+    layer.options = {}
+    check(layer, layer.w1, unaligned.aligned())
+
+
+def flat_arguments(layer: Layer, w1: QuantizedExperts, w2: QuantizedExperts) -> tuple:
+    def buffers(part):
+        return [part.codes, part.scales, part.biases, part.table]
+
+    gate, up = w1.gate_up()
+    routes = (layer.topk_weights, layer.topk_ids)
+    return (
+        layer.hidden_states,
+        buffers(gate) + buffers(up),
+        list(w1.shape),
+        buffers(w2.parts["weight"]),
+        list(w2.shape),
+        *routes,
+    )
+
+
+def test_the_operator_under_opcheck_and_in_a_compiled_graph():
+    layer = make_layer(3, 64, 64, 4, 2, torch.bfloat16)
+    w1, w2 = quantized(layer.w1), quantized(layer.w2, format="mxfp4")
+    arguments = flat_arguments(layer, w1, w2)
+    torch.library.opcheck(torch.ops.metal_moe.fused_experts_quantized, arguments)
+    logits = torch.randn(3, 4)
+    torch.library.opcheck(torch.ops.metal_moe.fused_moe_quantized, (*arguments[:5], logits, 2))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(*tensors):
+        return torch.ops.metal_moe.fused_experts_quantized(*tensors) * 2
+
+    expected = metal_moe.fused_experts(layer.hidden_states, w1, w2, layer.topk_weights, layer.topk_ids)
+    assert torch.equal(compiled(*arguments), expected * 2)
+
+    def layer_function(x, weights, ids):
+        return metal_moe.fused_experts(x, w1, w2, weights, ids)
+
+    with_container = torch.compile(layer_function, backend="aot_eager")
+    assert torch.equal(with_container(layer.hidden_states, layer.topk_weights, layer.topk_ids), expected)
