@@ -226,7 +226,7 @@ def test_what_is_refused():
             pair, w2, activation="relu2"
         ),
         "w2 is a pair of gate and up; it must be one matrix per expert": lambda: run(w1, pair),
-        "w2 is trellis .expert 0.; it must be of a format that kernels decode": lambda: run(w1, trellis),
+        "w1 is of another format; it must be trellis, as the other of w1 and w2 is": lambda: run(w1, trellis),
         r"w2 has shape \(4, 128, 64\); it must be": lambda: run(w1, quantized(layer.w2[:, :, :64].contiguous())),
         r"w1 has shape \(4, 256, 64\); it must be": lambda: run(quantized(layer.w1[:, :, :64].contiguous()), w2),
         "kernel is 'fast': must be one of": lambda: run(w1, w2, kernel="fast"),

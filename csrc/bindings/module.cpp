@@ -5,6 +5,7 @@
 #include "torch_stream.h"
 
 #include "../core/engine_controls.h"
+#include "../moe/encode_trellis.h"
 #include "../moe/fused_moe.h"
 #include "moe/group.h"
 
@@ -81,11 +82,12 @@ void read_weights(Context& context, py::handle weights, const char* name, Tensor
 ExpertsLayer experts_layer(Context& context, py::handle w1, py::handle w2, py::handle b1, py::handle b2,
                            py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation,
                            bool interleaved, float alpha, float limit, bool fp32_acc,
-                           const std::optional<std::string>& family, int64_t intermediate) {
+                           const std::optional<std::string>& family, int64_t intermediate, bool trellis) {
   ExpertsLayer layer;
   read_weights(context, w1, "w1", layer.w1, layer.gate, &layer.up);
   read_weights(context, w2, "w2", layer.w2, layer.down, nullptr);
   layer.intermediate = size_argument("intermediate size of w2", intermediate);
+  layer.trellis = trellis;
   layer.bias1 = read_tensor(context, b1, "w1_bias", 2, true);
   layer.bias2 = read_tensor(context, b2, "w2_bias", 2, true);
   layer.shared_w1 = read_tensor(context, shared_w1, "shared_w1", 3, true);
@@ -152,12 +154,13 @@ void pad_groups(std::string_view engine_name, py::handle offsets, py::handle sor
 void fused_experts(std::string_view engine_name, py::handle x, py::handle w1, py::handle w2, py::handle topk_weights,
                    py::handle topk_ids, py::handle out, py::handle b1, py::handle b2, py::handle shared_w1,
                    py::handle shared_w2, py::handle shared_weights, int activation, bool interleaved, float alpha,
-                   float limit, bool fp32_acc, const std::optional<std::string>& family, int64_t intermediate) {
+                   float limit, bool fp32_acc, const std::optional<std::string>& family, int64_t intermediate,
+                   bool trellis) {
   MoeEngine& engine = MoeEngine::get(engine_name);
   Context& context = engine.context();
   const TensorView x_view = read_tensor(context, x, "hidden_states", 2);
   const ExpertsLayer layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation,
-                                           interleaved, alpha, limit, fp32_acc, family, intermediate);
+                                           interleaved, alpha, limit, fp32_acc, family, intermediate, trellis);
   const TensorView weights = read_tensor(context, topk_weights, "topk_weights", 2);
   const TensorView ids = read_tensor(context, topk_ids, "topk_ids", 2);
   const TensorView out_view = read_tensor(context, out, "out", 2);
@@ -171,13 +174,13 @@ void fused_moe(std::string_view engine_name, py::handle x, py::handle w1, py::ha
                py::handle bias, py::handle out, int64_t top_k, int scoring, uint32_t groups, uint32_t topk_groups,
                int group_score, bool renormalize, float renormalize_epsilon, float scale, py::handle b1, py::handle b2,
                py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation, bool interleaved,
-               float alpha, float limit, bool fp32_acc, const std::optional<std::string>& family,
-               int64_t intermediate) {
+               float alpha, float limit, bool fp32_acc, const std::optional<std::string>& family, int64_t intermediate,
+               bool trellis) {
   MoeEngine& engine = MoeEngine::get(engine_name);
   Context& context = engine.context();
   const TensorView x_view = read_tensor(context, x, "hidden_states", 2);
   const ExpertsLayer layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation,
-                                           interleaved, alpha, limit, fp32_acc, family, intermediate);
+                                           interleaved, alpha, limit, fp32_acc, family, intermediate, trellis);
   const TensorView logits_view = read_tensor(context, logits, "router_logits", 2);
   const TensorView bias_view = read_tensor(context, bias, "correction_bias", 1, true);
   const TensorView out_view = read_tensor(context, out, "out", 2);
@@ -199,6 +202,32 @@ void gather_experts(std::string_view engine_name, py::handle weights, py::handle
     throw py::value_error("weights has 0 dimensions: must have at least 1");
   run(engine, "gather_experts",
       [&](CommandStream& stream) { encode_gather(stream, engine, weights_view, ids_tensor, out_view); });
+}
+
+void dequantize_trellis(std::string_view engine_name, py::handle codes, py::handle suh, py::handle svh, py::handle out,
+                        int64_t half_bits, int64_t codebook) {
+  MoeEngine& engine = MoeEngine::get(engine_name);
+  Context& context = engine.context();
+  const TensorView codes_view = read_tensor(context, codes, "codes", 3);
+  const TensorView suh_view = read_tensor(context, suh, "suh", 2);
+  const TensorView svh_view = read_tensor(context, svh, "svh", 2);
+  const TensorView out_view = read_tensor(context, out, "out", 3);
+  run(engine, "dequantize_trellis", [&](CommandStream& stream) {
+    encode_dequantize_trellis(stream, engine, codes_view, suh_view, svh_view, size_argument("half_bits", half_bits),
+                              size_argument("codebook", codebook), out_view);
+  });
+}
+
+void viterbi(std::string_view engine_name, py::handle values, py::handle table, py::handle states_out,
+             int64_t half_bits) {
+  MoeEngine& engine = MoeEngine::get(engine_name);
+  Context& context = engine.context();
+  const TensorView values_view = read_tensor(context, values, "values", 2);
+  const TensorView table_view = read_tensor(context, table, "table", 1);
+  const TensorView states = read_tensor(context, states_out, "states", 2);
+  run(engine, "viterbi", [&](CommandStream& stream) {
+    encode_viterbi(stream, engine, values_view, table_view, size_argument("half_bits", half_bits), states);
+  });
 }
 
 std::pair<std::string, uint32_t> select(int64_t batch_size, bool use_fp32_acc, std::optional<int64_t> gate_bits,
@@ -283,14 +312,19 @@ PYBIND11_MODULE(_core, m) {
         "Sorted rows as padded_out int32 [E, capacity], -1 where an expert has fewer.");
   m.def("fused_experts", &fused_experts, "engine"_a, "x"_a, "w1"_a, "w2"_a, "topk_weights"_a, "topk_ids"_a, "out"_a,
         "b1"_a, "b2"_a, "shared_w1"_a, "shared_w2"_a, "shared_weights"_a, "activation"_a, "interleaved"_a, "alpha"_a,
-        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "The experts of a layer: out [T, H] from x [T, H].");
+        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis"_a = false,
+        "The experts of a layer: out [T, H] from x [T, H].");
   m.def("fused_moe", &fused_moe, "engine"_a, "x"_a, "w1"_a, "w2"_a, "logits"_a, "bias"_a, "out"_a, "top_k"_a,
         "scoring"_a, "groups"_a, "topk_groups"_a, "group_score"_a, "renormalize"_a, "renormalize_epsilon"_a, "scale"_a,
         "b1"_a, "b2"_a, "shared_w1"_a, "shared_w2"_a, "shared_weights"_a, "activation"_a, "interleaved"_a, "alpha"_a,
-        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0,
+        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis"_a = false,
         "Routing and experts of a layer in one command buffer.");
   m.def("gather_experts", &gather_experts, "engine"_a, "weights"_a, "ids"_a, "out"_a,
         "out [n, ...] = weights [E, ...] of the experts ids [n]; zeros where an id is out of range.");
+  m.def("dequantize_trellis", &dequantize_trellis, "engine"_a, "codes"_a, "suh"_a, "svh"_a, "out"_a, "half_bits"_a,
+        "codebook"_a, "out fp32 [n, rows, columns] of trellis codes int32 [n, columns / 16, words], sizes padded.");
+  m.def("viterbi", &viterbi, "engine"_a, "values"_a, "table"_a, "states_out"_a, "half_bits"_a,
+        "Closed walks, states_out int32 [n, 256], near values fp32 [n, 256]; table fp32 [65536]: values of states.");
   m.def("select_moe_kernel", &select, "batch_size"_a, "use_fp32_acc"_a, "gate_bits"_a = py::none(),
         "up_bits"_a = py::none(), "down_bits"_a = py::none(), "(name, tile_n) of the published selection.");
   m.def("kernels", &kernels, "engine"_a, "The kernel table, checked against the engine's library.");

@@ -1,6 +1,7 @@
 #include "encode_experts.h"
 
 #include "encode_group.h"
+#include "encode_trellis_experts.h"
 
 #include "../core/trace.h"
 #include "moe/combine.h"
@@ -293,6 +294,8 @@ LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t t
 
 void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
                     const SlotsView& ids, const SlotsView& weights, uint32_t top_k, const TensorView& out) {
+  if (layer.trellis)
+    return encode_trellis_experts(stream, engine, x, layer, ids, weights, top_k, out);
   const LayerShape shape = layer_shape(x, layer, top_k);
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
   const Family family =

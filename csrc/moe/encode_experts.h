@@ -27,6 +27,7 @@ struct ExpertsLayer {
   QuantizedPart up;          // absent where there is no gate
   QuantizedPart down;        // in place of w2
   uint32_t intermediate = 0; // I, where `down` is given: records are not read here
+  bool trellis = false;      // gate, up and down are trellis codes, which no other format goes with
   TensorView bias1;          // [E, 2I] or [E, I]
   TensorView bias2;          // [E, H]
   TensorView shared_w1;      // [N, 2Is, H] or [N, Is, H]

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <tuple>
 
 namespace metal_moe {
 
@@ -19,8 +20,9 @@ constexpr const char* FAMILY_NAMES[FAMILIES][2] = {{"moe_decode", "moe_decode_fp
                                                    {"moe_base", "moe_base_fp32acc"},
                                                    {"moe_large_batch", "moe_large_batch_fp32acc"},
                                                    {"moe_simd", "moe_simd_fp32acc"}};
-constexpr const char* STAGE_NAMES[] = {"gate_up", "up",         "down",    "route",
-                                       "group",   "pad_groups", "combine", "gather_experts"};
+constexpr const char* STAGE_NAMES[] = {
+    "gate_up", "up", "down", "route", "group", "pad_groups", "combine", "gather_experts", "dequantize_trellis",
+    "viterbi"};
 constexpr Dtype FLOATS[] = {Dtype::Fp32, Dtype::Fp16, Dtype::Bf16};
 
 /// "gate_up_large_batch_fp32acc_m16_bf16": stage, family, accumulation, row tile, dtype; "gate_up_quantized_..." where
@@ -54,8 +56,16 @@ std::vector<KernelEntry> build_table() {
   for (auto [index, stage] : {std::pair{ROUTE_KERNEL, Stage::Route},
                               {GROUP_KERNEL, Stage::Group},
                               {PAD_GROUPS_KERNEL, Stage::PadGroups},
-                              {GATHER_KERNEL, Stage::Gather}})
+                              {GATHER_KERNEL, Stage::Gather},
+                              {DEQUANTIZE_TRELLIS_KERNEL, Stage::DequantizeTrellis},
+                              {VITERBI_KERNEL, Stage::Viterbi}})
     table[index] = {stage_name(stage), stage, nullptr, Dtype::Other, false};
+  for (auto [index, name, stage] : {std::tuple{TRELLIS_PRODUCT_M1_KERNEL, "trellis_product_m1", Stage::TrellisProduct},
+                                    {TRELLIS_PRODUCT_M4_KERNEL, "trellis_product_m4", Stage::TrellisProduct},
+                                    {ROTATE_INPUTS_KERNEL, "rotate_inputs", Stage::Rotate},
+                                    {ROTATE_ACTIVATIONS_KERNEL, "rotate_activations", Stage::Rotate},
+                                    {ROTATE_OUTPUTS_KERNEL, "rotate_outputs", Stage::Rotate}})
+    table[index] = {name, stage, nullptr, Dtype::Other, false};
   for (Dtype dtype : FLOATS)
     table[combine_kernel(dtype)] = {std::string("combine_") + dtype_name(dtype), Stage::Combine, nullptr, dtype, false};
   return table;

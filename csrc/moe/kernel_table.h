@@ -18,7 +18,20 @@ namespace metal_moe {
 enum class Family : uint8_t { Decode, Prefill4, Base, LargeBatch, Simd };
 constexpr uint32_t FAMILIES = 5;
 
-enum class Stage : uint8_t { GateUp, Up, Down, Route, Group, PadGroups, Combine, Gather };
+enum class Stage : uint8_t {
+  GateUp,
+  Up,
+  Down,
+  Route,
+  Group,
+  PadGroups,
+  Combine,
+  Gather,
+  DequantizeTrellis,
+  Viterbi,
+  TrellisProduct,
+  Rotate
+};
 
 /// A family at one row tile: what the expert kernels are compiled for.
 struct Variant {
@@ -81,7 +94,14 @@ constexpr KernelIndex GROUP_KERNEL = ROUTE_KERNEL + 1;
 constexpr KernelIndex PAD_GROUPS_KERNEL = ROUTE_KERNEL + 2;
 constexpr KernelIndex GATHER_KERNEL = ROUTE_KERNEL + 3;
 constexpr KernelIndex COMBINE_KERNELS = ROUTE_KERNEL + 4; // fp32, fp16, bf16
-constexpr KernelIndex KERNELS = COMBINE_KERNELS + 3;
+constexpr KernelIndex DEQUANTIZE_TRELLIS_KERNEL = COMBINE_KERNELS + 3;
+constexpr KernelIndex VITERBI_KERNEL = COMBINE_KERNELS + 4;
+constexpr KernelIndex TRELLIS_PRODUCT_M1_KERNEL = COMBINE_KERNELS + 5;
+constexpr KernelIndex TRELLIS_PRODUCT_M4_KERNEL = COMBINE_KERNELS + 6;
+constexpr KernelIndex ROTATE_INPUTS_KERNEL = COMBINE_KERNELS + 7;
+constexpr KernelIndex ROTATE_ACTIVATIONS_KERNEL = COMBINE_KERNELS + 8;
+constexpr KernelIndex ROTATE_OUTPUTS_KERNEL = COMBINE_KERNELS + 9;
+constexpr KernelIndex KERNELS = COMBINE_KERNELS + 10;
 
 /// Kernel of a variant (index into VARIANTS), an expert stage and a dtype. fp16 accumulation exists for fp16 only.
 constexpr KernelIndex expert_kernel(uint32_t variant, Stage stage, Dtype dtype, bool fp32_accumulation) {

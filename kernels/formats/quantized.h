@@ -14,28 +14,12 @@
 // `decoders.h` goes from a record to its decoder.
 #pragma once
 #include "../tiles/rows.h"
+#include "expert_matrix.h"
 
 /// ExpertMatrix::format.
 enum WeightFormat : uint { FORMAT_AFFINE = 1, FORMAT_MXFP4 = 2, FORMAT_MXFP8 = 3, FORMAT_NVFP4 = 4 };
 /// ExpertMatrix::scale_type.
 enum ScaleFormat : uint { SCALE_FP32 = 0, SCALE_FP16 = 1, SCALE_BF16 = 2, SCALE_E8M0 = 3, SCALE_E4M3 = 4 };
-
-/// Row of a part's table.
-struct ExpertMatrix {
-  ulong codes; // where the matrix begins in each buffer, bytes
-  ulong scales;
-  ulong biases;
-  uint codes_stride; // bytes between rows
-  uint scales_stride;
-  uint format; // WeightFormat
-  uint half_bits;
-  uint group_size;
-  uint codebook;
-  uint scale_type; // ScaleFormat
-  uint rows;
-  uint columns;
-  uint reserved;
-};
 
 constexpr constant uint WORD_BITS = 8 * sizeof(uint);
 /// One element per bit of a word: a run of any whole number of bits per element is whole words, and every group is

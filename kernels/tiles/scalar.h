@@ -23,6 +23,20 @@ inline float load_scalar(device const uchar* base, ulong index, uint type) {
   }
 }
 
+/// Rounds and stores element `index`.
+inline void store_scalar(device uchar* base, ulong index, uint type, float value) {
+  switch (type) {
+  case SCALAR_FP16:
+    reinterpret_cast<device half*>(base)[index] = half(value);
+    break;
+  case SCALAR_BF16:
+    reinterpret_cast<device bfloat*>(base)[index] = bfloat(value);
+    break;
+  default:
+    reinterpret_cast<device float*>(base)[index] = value;
+  }
+}
+
 /// Element `index` of a buffer of ids, or NO_EXPERT where it is not one of 0..experts-1. `id_words`: 1 for int32, 2 for
 /// int64, which is read as its two words (low first): a bound buffer is then aligned to 4 bytes whatever the type.
 inline uint load_id(device const int* ids, ulong index, uint id_words, uint experts) {

@@ -13,8 +13,10 @@ from ._validate import wrong_type, wrong_value
 from .formats import QuantizedExperts
 from .formats.part import Part
 
-# Formats that the kernels decode (kernels/formats/decoders.h).
+# Formats that the kernels decode (kernels/formats/decoders.h), in any mix with each other and with dense weights.
 KERNEL_FORMATS = ("affine", "mxfp4", "mxfp8", "nvfp4")
+# Weights of rotated activations: kernels of their own (kernels/moe/rotate.metal), for w1 and w2 alike.
+TRELLIS = "trellis"
 _SHARED = ("shared_w1", "shared_w2", "shared_weights")
 
 
@@ -54,16 +56,32 @@ def _call_quantized(op, quantized, hidden_states, w1, w2, *args, **kwargs) -> Te
             if kwargs.get(name) is not None:
                 wrong_value(op, name, "given", f"None where {name[:2]} has a bias of its own")
             kwargs[name] = own.to(hidden_states.dtype) if isinstance(hidden_states, Tensor) else own
+    trellis = any(_has_trellis(weights) for weights in (w1, w2))
+    if trellis:
+        for name, weights in (("w1", w1), ("w2", w2)):
+            if not _has_trellis(weights):
+                wrong_value(op, name, "of another format", "trellis, as the other of w1 and w2 is")
+        if kwargs.get("kernel") is not None:
+            wrong_value(op, "kernel", kwargs["kernel"], "None with trellis weights, which have kernels of their own")
+        kwargs["trellis"] = True
     return quantized(
         hidden_states,
-        *_flat(op, "w1", w1, gated, interleaved is True),
-        *_flat(op, "w2", w2, False, False),
+        *_flat(op, "w1", w1, gated, interleaved is True, trellis),
+        *_flat(op, "w2", w2, False, False, trellis),
         *args,
         **kwargs,
     )
 
 
-def _flat(op: str, name: str, weights: QuantizedExperts | Tensor, pair: bool, interleaved: bool) -> tuple:
+def _has_trellis(weights: QuantizedExperts | Tensor) -> bool:
+    return isinstance(weights, QuantizedExperts) and any(
+        settings.format == TRELLIS for part in weights.parts.values() for settings in part.settings
+    )
+
+
+def _flat(
+    op: str, name: str, weights: QuantizedExperts | Tensor, pair: bool, interleaved: bool, trellis: bool
+) -> tuple:
     """Tensors and shape: those of gate, then of up for a `pair`; of dense weights the one tensor."""
     if not isinstance(weights, QuantizedExperts):
         if not isinstance(weights, Tensor):
@@ -78,14 +96,14 @@ def _flat(op: str, name: str, weights: QuantizedExperts | Tensor, pair: bool, in
             wrong_value(op, name, f"of shape {tuple(weights.shape)}", "of an even number of rows, gate and up")
         parts = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
         for part in parts:
-            _check_formats(op, name, part)
+            _check_formats(op, name, part, (TRELLIS,) if trellis else KERNEL_FORMATS)
         cached = [tensor for part in parts for tensor in (part.codes, part.scales, part.biases, part.table)]
         weights.kernel_buffers[pair, interleaved] = cached
     return cached, list(weights.shape)
 
 
-def _check_formats(op: str, name: str, part: Part) -> None:
+def _check_formats(op: str, name: str, part: Part, known: tuple[str, ...]) -> None:
     for expert, settings in enumerate(part.settings):
-        if settings.format not in KERNEL_FORMATS:
-            must = f"of a format that kernels decode: {', '.join(KERNEL_FORMATS)}"
+        if settings.format not in known:
+            must = f"of a format that kernels decode with the others: {', '.join(known)}"
             wrong_value(op, name, f"{settings.format} (expert {expert})", must)

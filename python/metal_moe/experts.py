@@ -79,10 +79,12 @@ def fused_experts_quantized(
     limit: float = 7.0,
     use_fp32_acc: bool = True,
     kernel: str | None = None,
+    trellis: bool = False,
 ) -> Tensor:
     """`fused_experts` with the buffers of quantised weights: what it calls for `QuantizedExperts`.
 
     `w1` and `w2` are the one dense tensor, or codes, scales, biases and table of a part, of gate and then of up for w1.
+    `trellis`: they are trellis codes, all of them.
     """
     op = "fused_experts"
     top_k = topk_ids.shape[1] if isinstance(topk_ids, Tensor) and topk_ids.ndim == 2 else 1
@@ -131,6 +133,7 @@ def fused_experts_quantized(
             use_fp32_acc,
             kernel,
             w2_shape[2],
+            trellis,
         )
     return out
 
@@ -161,6 +164,7 @@ def fused_moe_quantized(
     limit: float = 7.0,
     use_fp32_acc: bool = True,
     kernel: str | None = None,
+    trellis: bool = False,
 ) -> Tensor:
     """`fused_moe` with the buffers of quantised weights, as `fused_experts_quantized` takes them."""
     op = "fused_moe"
@@ -230,6 +234,7 @@ def fused_moe_quantized(
             use_fp32_acc,
             kernel,
             w2_shape[2],
+            trellis,
         )
     return out
 

@@ -65,7 +65,7 @@ class Trellis(Format):
             raise ValueError(f"scale_type is {settings.scale_type}; trellis has float16")
 
     def extents(self, settings: Settings, rows: int, columns: int) -> tuple[Extent, Extent, Extent]:
-        rows, columns = round_up(rows, BLOCK), round_up(columns, BLOCK)
+        rows, columns = padded_sizes(rows, columns)
         codes = Extent(columns // TILE, rows // TILE * tile_bytes(settings.bits))
         return codes, Extent(1, 2 * columns), Extent(1, 2 * rows)
 
@@ -86,15 +86,29 @@ class Trellis(Format):
         return _stack(settings, weights.shape[1], weights.shape[2], words, suh, svh)
 
     def decode(self, stack: Stack, dtype: torch.dtype) -> Tensor:
-        settings = stack.settings
-        n, tile_columns = stack.codes.shape[:2]
-        words = as_type(stack.codes, torch.int32).view(n, tile_columns, -1, tile_bytes(settings.bits) // 4)
-        suh = as_type(stack.scales, torch.float16).view(n, 1, -1).to(dtype)
-        svh = as_type(stack.biases, torch.float16).view(n, -1, 1).to(dtype)
-        # [n, rows, columns]: the transform of inputs first, as the order of roundings has it.
-        weights = hadamard(decode_tiles(words, settings.bits, settings.codebook, dtype)) * suh
-        weights = hadamard(weights, 1) * svh
-        return weights[:, : stack.rows, : stack.columns]
+        from . import trellis_kernels
+
+        if dtype == torch.float32 and trellis_kernels.has_engine(stack.codes):
+            return trellis_kernels.dequantize(stack)
+        return decode(stack, dtype)
+
+
+def decode(stack: Stack, dtype: torch.dtype) -> Tensor:
+    """The weights [n, rows, columns], by PyTorch alone: in any type, on any device."""
+    settings = stack.settings
+    n, tile_columns = stack.codes.shape[:2]
+    words = as_type(stack.codes, torch.int32).view(n, tile_columns, -1, tile_bytes(settings.bits) // 4)
+    suh = as_type(stack.scales, torch.float16).view(n, 1, -1).to(dtype)
+    svh = as_type(stack.biases, torch.float16).view(n, -1, 1).to(dtype)
+    # [n, rows, columns]: the transform of inputs first, as the order of roundings has it.
+    weights = hadamard(decode_tiles(words, settings.bits, settings.codebook, dtype)) * suh
+    weights = hadamard(weights, 1) * svh
+    return weights[:, : stack.rows, : stack.columns]
+
+
+def padded_sizes(rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns as they are stored."""
+    return round_up(rows, BLOCK), round_up(columns, BLOCK)
 
 
 def tile_bytes(bits: float) -> int:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import trellis_kernels
 from .codebooks import STANDARD_DEVIATIONS, table_on
 from .hadamard import BLOCK, hadamard
 from .layout import round_up
@@ -47,7 +48,7 @@ def quantize(
     codebook: str,
     hessian: Tensor | None = None,
     seed: int = 0,
-    walks: Walks = nearest_walks,
+    walks: Walks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantises matrices.
 
@@ -57,12 +58,14 @@ def quantize(
         codebook: "3inst", "mcg" or "mul1".
         hessian: [inputs, inputs] or [n, inputs, inputs], symmetric, positive semidefinite. None: all inputs alike.
         seed: of the signs, which are the same for all n.
-        walks: the search: values [m, 256] float32, bits and codebook -> states [m, 256] int32.
+        walks: the search: values [m, 256] float32, bits and codebook -> states [m, 256] int32. None: the
+            kernel where the weights' device has an engine, elsewhere PyTorch; both find the same.
 
     Returns:
         Words int32 [n, inputs / 16, outputs / 16, 8 * bits], suh float16 [n, inputs], svh float16 [n, outputs]; sizes
         rounded up to multiples of 128.
     """
+    walks = walks or (trellis_kernels.nearest_walks if trellis_kernels.has_engine(weights) else nearest_walks)
     n, inputs, outputs = weights.shape
     padding = (0, round_up(outputs, BLOCK) - outputs, 0, round_up(inputs, BLOCK) - inputs)
     weights = torch.nn.functional.pad(weights.float(), padding)

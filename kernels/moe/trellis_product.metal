@@ -1,0 +1,210 @@
+// trellis_product_m1, trellis_product_m4: rows times the tiles of trellis weights, without rotations.
+//
+//   out[p, a, n] = sum over k of What_p[expert(a)][k, n] * x[p, a, k],  p = first, second matrix
+//
+// Layouts: see trellis_product.h, and trellis.h for tiles. m1 takes one assignment, m4 a row tile of up to
+// TRELLIS_PRODUCT_ROWS of one expert, which share decoded weights. Bits and codebook are those of the expert's record,
+// found once for a threadgroup, so that a layer may mix them.
+//
+// On a GPU a threadgroup makes the 16 outputs of one column of tiles; its simdgroups take rows of tiles in turn. A lane
+// decodes one run of a tile, 8 weights of 4 inputs and 2 outputs; four lanes share those outputs and add up at the end.
+// With one-thread simdgroups the threadgroup walks eight columns of tiles, and sums by place in the tile.
+//
+// Bytes: half_bits / 16 per weight of the experts in use, read once per row tile.
+#include "../formats/expert_matrix.h"
+#include "../tiles/scalar.h"
+#include "group.h"
+#include "trellis_product.h"
+
+constexpr constant uint SIMDGROUPS = simdgroups(TRELLIS_PRODUCT_SIMDGROUPS, SIMD_WIDTH);
+constexpr constant uint THREADS = SIMDGROUPS * SIMD_WIDTH;
+constexpr constant uint TILES = trellis_product_tiles(SIMD_WIDTH);
+
+/// R rows with one expert.
+template <uint R>
+struct TrellisProduct {
+  device const uint* codes; // the first tile
+  uint row_stride;          // of tiles, words
+  uint inputs;
+  device const float* x[R];
+  device float* out[R]; // of the first column; beyond `count` rows nothing is stored
+  uint count;
+  threadgroup float* partial;
+  uint thread_index;
+  uint simdgroup;
+  uint lane;
+
+#if SIMD_WIDTH == 1
+  template <uint HALF_BITS, uint CODEBOOK>
+  void run() thread const {
+    constexpr uint WEIGHTS = TRELLIS_RUNS * TRELLIS_RUN;
+    // Weights of a tile come in 8 rounds over the same inputs in the same order: sums by place, then over inputs.
+    constexpr uint ROUND = 4 * TRELLIS_RUN;
+    float sum[TILES][R][WEIGHTS];
+    for (uint tile = 0; tile < TILES; ++tile)
+      for (uint r = 0; r < R; ++r)
+        for (uint t = 0; t < WEIGHTS; ++t)
+          sum[tile][r][t] = 0.0f;
+    for (uint k = 0; k < inputs; k += TRELLIS_TILE) {
+      float ordered[R][ROUND];
+      for (uint r = 0; r < count; ++r)
+        for (uint t = 0; t < ROUND; ++t)
+          ordered[r][t] = x[r][k + trellis_input(t / TRELLIS_RUN, t % TRELLIS_RUN)];
+      device const uint* row = codes + ulong(k / TRELLIS_TILE) * row_stride;
+      for (uint tile = 0; tile < TILES; ++tile) {
+        float weight[WEIGHTS];
+        trellis_decode_tile<HALF_BITS, CODEBOOK>(row + tile * (trellis_tile_bytes(HALF_BITS) / 4), weight);
+        for (uint r = 0; r < count; ++r)
+          for (uint first = 0; first < WEIGHTS; first += ROUND)
+            for (uint t = 0; t < ROUND; ++t)
+              sum[tile][r][first + t] += weight[first + t] * ordered[r][t];
+      }
+    }
+    for (uint tile = 0; tile < TILES; ++tile)
+      for (uint r = 0; r < count; ++r)
+        for (uint n = 0; n < TRELLIS_TILE; ++n) {
+          float total = 0.0f;
+          for (uint i = 0; i < ROUND / 2; ++i)
+            total += sum[tile][r][n % 8 * ROUND + i / 4 * TRELLIS_RUN + n / 8 * 4 + i % 4];
+          out[r][tile * TRELLIS_TILE + n] = total;
+        }
+  }
+#else
+  template <uint HALF_BITS, uint CODEBOOK>
+  void run() thread const {
+    float sum[R][2];
+    UNROLL
+    for (uint r = 0; r < R; ++r)
+      sum[r][0] = sum[r][1] = 0.0f;
+    const uint tiles = inputs / TRELLIS_TILE;
+    const uint first_input = trellis_input(lane, 0);
+    // The next tile's words are on their way while this one is decoded.
+    TrellisRun<HALF_BITS> words;
+    uint tile = simdgroup;
+    if (tile < tiles)
+      words.load(codes + ulong(tile) * row_stride, lane);
+    while (tile < tiles) {
+      TrellisRun<HALF_BITS> next = words;
+      if (tile + SIMDGROUPS < tiles)
+        next.load(codes + ulong(tile + SIMDGROUPS) * row_stride, lane);
+      float weight[TRELLIS_RUN];
+      UNROLL
+      for (uint i = 0; i < TRELLIS_RUN; ++i)
+        weight[i] = trellis_value<CODEBOOK>(words.state(i));
+      UNROLL
+      for (uint r = 0; r < R; ++r) {
+        device const float* from = x[r] + tile * TRELLIS_TILE + first_input;
+        const float2 low = *reinterpret_cast<device const float2*>(from);
+        const float2 high = *reinterpret_cast<device const float2*>(from + 8);
+        UNROLL
+        for (uint half_tile = 0; half_tile < 2; ++half_tile) {
+          float part = sum[r][half_tile];
+          part = fma(weight[4 * half_tile], low.x, part);
+          part = fma(weight[4 * half_tile + 1], low.y, part);
+          part = fma(weight[4 * half_tile + 2], high.x, part);
+          sum[r][half_tile] = fma(weight[4 * half_tile + 3], high.y, part);
+        }
+      }
+      words = next;
+      tile += SIMDGROUPS;
+    }
+    UNROLL
+    for (uint r = 0; r < R; ++r) {
+      UNROLL
+      for (uint half_tile = 0; half_tile < 2; ++half_tile) {
+        float total = sum[r][half_tile];
+        total += simd_shuffle_xor(total, ushort(1));
+        total += simd_shuffle_xor(total, ushort(2));
+        if (lane % 4 == 0)
+          partial[(simdgroup * R + r) * TRELLIS_TILE + trellis_output(lane, 4 * half_tile)] = total;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = thread_index; i < count * TRELLIS_TILE; i += THREADS) {
+      float total = 0.0f;
+      UNROLL
+      for (uint s = 0; s < SIMDGROUPS; ++s)
+        total += partial[s * R * TRELLIS_TILE + i];
+      // Not out[i / TRELLIS_TILE]: a place chosen at run time takes the array out of registers.
+      UNROLL
+      for (uint r = 0; r < R; ++r)
+        if (r == i / TRELLIS_TILE)
+          out[r][i % TRELLIS_TILE] = total;
+    }
+  }
+#endif
+};
+
+template <uint R>
+inline void trellis_product(device const uchar* codes, device const ExpertMatrix* table, uint expert, uint column,
+                            thread TrellisProduct<R>& product) {
+  const ExpertMatrix record = table[expert];
+  product.row_stride = record.codes_stride / 4;
+  product.codes = reinterpret_cast<device const uint*>(codes + record.codes) +
+                  column / TRELLIS_TILE * (trellis_tile_bytes(record.half_bits) / 4);
+  with_trellis_code(record.half_bits, record.codebook, product);
+}
+
+[[kernel, max_total_threads_per_threadgroup(THREADS)]]
+void trellis_product_m1(device const float* x [[buffer(0)]], device const uchar* first_codes [[buffer(1)]],
+                        device const ExpertMatrix* first_table [[buffer(2)]],
+                        device const uchar* second_codes [[buffer(3)]],
+                        device const ExpertMatrix* second_table [[buffer(4)]], device const int* ids [[buffer(5)]],
+                        device float* out [[buffer(7)]], constant TrellisProductArgs& args [[buffer(8)]],
+                        threadgroup float* partial [[threadgroup(0)]],
+                        uint3 threadgroup_position [[threadgroup_position_in_grid]],
+                        uint thread_index [[thread_index_in_threadgroup]],
+                        uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint row = threadgroup_position.y, matrix = threadgroup_position.z;
+  const uint column = threadgroup_position.x * TILES * TRELLIS_TILE;
+  const ulong token = row / args.top_k, slot = row % args.top_k;
+  const uint expert =
+      load_id(ids, token * args.ids_token_stride + slot * args.ids_slot_stride, args.id_words, args.experts);
+  if (expert == NO_EXPERT)
+    return;
+  TrellisProduct<1> product;
+  product.inputs = args.inputs;
+  const ulong place = ulong(matrix) * args.rows + row;
+  product.x[0] = x + place * args.inputs;
+  product.out[0] = out + place * args.outputs + column;
+  product.count = 1;
+  product.partial = partial;
+  product.thread_index = thread_index;
+  product.simdgroup = simdgroup;
+  product.lane = lane;
+  trellis_product(matrix == 0 ? first_codes : second_codes, matrix == 0 ? first_table : second_table, expert, column,
+                  product);
+}
+
+[[kernel, max_total_threads_per_threadgroup(THREADS)]]
+void trellis_product_m4(device const float* x [[buffer(0)]], device const uchar* first_codes [[buffer(1)]],
+                        device const ExpertMatrix* first_table [[buffer(2)]],
+                        device const uchar* second_codes [[buffer(3)]],
+                        device const ExpertMatrix* second_table [[buffer(4)]],
+                        device const uint* sorted_rows [[buffer(5)]], device const RowTile* tiles [[buffer(6)]],
+                        device float* out [[buffer(7)]], constant TrellisProductArgs& args [[buffer(8)]],
+                        threadgroup float* partial [[threadgroup(0)]],
+                        uint3 threadgroup_position [[threadgroup_position_in_grid]],
+                        uint thread_index [[thread_index_in_threadgroup]],
+                        uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const RowTile tile = tiles[threadgroup_position.y];
+  const uint matrix = threadgroup_position.z, column = threadgroup_position.x * TILES * TRELLIS_TILE;
+  if (tile.rows == 0)
+    return;
+  TrellisProduct<TRELLIS_PRODUCT_ROWS> product;
+  product.inputs = args.inputs;
+  UNROLL
+  for (uint r = 0; r < TRELLIS_PRODUCT_ROWS; ++r) {
+    // Beyond the tile's rows its last again.
+    const ulong place = ulong(matrix) * args.rows + sorted_rows[tile.first_row + min(r, tile.rows - 1)];
+    product.x[r] = x + place * args.inputs;
+    product.out[r] = out + place * args.outputs + column;
+  }
+  product.count = tile.rows;
+  product.partial = partial;
+  product.thread_index = thread_index;
+  product.simdgroup = simdgroup;
+  product.lane = lane;
+  trellis_product(matrix == 0 ? first_codes : second_codes, matrix == 0 ? first_table : second_table, tile.expert,
+                  column, product);
+}

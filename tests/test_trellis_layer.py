@@ -1,0 +1,174 @@
+"""Layers with trellis weights against the same layer in float64 with what the codes decode to."""
+
+import cases
+import metal_moe
+import pytest
+import torch
+from metal_moe.formats import QuantizedExperts
+from test_formats_trellis import exl3_linear
+
+E = 3
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_clamp")
+KERNELS = ["rotate_inputs", "trellis_product", "rotate_activations", "trellis_product", "rotate_outputs"]
+
+
+def experts(rows: int, columns: int, kinds: list[tuple[float, str]], seed: int) -> QuantizedExperts:
+    """Random codes with scales that keep a product's size near that of its input; sizes are rounded up in storage."""
+    padded = [-(-size // 128) * 128 for size in (columns, rows)]
+    linears = []
+    for index in range(E):
+        bits, codebook = kinds[index % len(kinds)]
+        linear = exl3_linear(*padded, bits, codebook, seed=seed + index)
+        linear["svh"] = linear["svh"] / columns**0.5
+        linears.append(linear)
+    return QuantizedExperts.from_exl3(linears, shape=(rows, columns))
+
+
+def pair(gate_up: list[QuantizedExperts]) -> QuantizedExperts:
+    """As w1."""
+    if len(gate_up) == 1:
+        return gate_up[0]
+    return QuantizedExperts({"gate": gate_up[0].parts["weight"], "up": gate_up[1].parts["weight"]})
+
+
+def run(x, gate_up, down, weights, ids, activation="silu", bias1=None, bias2=None):
+    return metal_moe.fused_experts(
+        x, pair(gate_up), down, weights, ids, activation=activation, w1_bias=bias1, w2_bias=bias2
+    )
+
+
+def check(x, gate_up, down, weights, ids, activation="silu", bias1=None, bias2=None):
+    got = run(x, gate_up, down, weights, ids, activation, bias1, bias2)
+    names = metal_moe.last_dispatch()["kernels"]
+    assert [name.replace("_m1", "").replace("_m4", "") for name in names if name != "group"] == KERNELS
+    assert ("group" in names) == (x.shape[0] > 1)
+    w1 = torch.cat([part.dequantize(torch.float64) for part in gate_up], 1)
+    w2 = down.dequantize(torch.float64)
+    expected = torch.zeros(x.shape, dtype=torch.float64)
+    size = torch.zeros_like(expected)
+    for token in range(x.shape[0]):
+        for slot in range(ids.shape[1]):
+            expert = int(ids[token, slot])
+            if not 0 <= expert < E:
+                continue
+            bias = None if bias1 is None else bias1[expert].double()
+            h = w1[expert] @ x[token].double()
+            h = h if bias is None else h + bias
+            h = activate(activation, h)
+            y = w2[expert] @ h + (0 if bias2 is None else bias2[expert].double())
+            expected[token] += weights[token, slot].double() * y
+            size[token] += weights[token, slot].double().abs() * (w2[expert].abs() @ h.abs())
+    assert got.dtype == x.dtype
+    # fp32 all along, then one rounding to the type: sums of a few hundred products, each side of two rotations.
+    limit = 2e-6 * size.amax(1, keepdim=True) + torch.finfo(x.dtype).eps * expected.abs()
+    error = (got.double() - expected).abs()
+    assert (error <= limit).all(), float((error / limit).max())
+    return got
+
+
+def activate(kind: str, h: torch.Tensor) -> torch.Tensor:
+    if kind == "relu2":
+        return h.clamp(min=0).square()
+    gate, up = h.chunk(2)
+    if kind == "silu":
+        return torch.nn.functional.silu(gate) * up
+    if kind.startswith("gelu"):
+        return torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none") * up
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def layer(hidden, intermediate, kinds, tokens, dtype, top_k=2, gated=True):
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    gate_up = [experts(intermediate, hidden, kinds[p], 10 * p) for p in range(2 if gated else 1)]
+    down = experts(hidden, intermediate, kinds[2], 30)
+    ids = torch.stack([torch.randperm(E, generator=generator)[:top_k] for _ in range(tokens)]).int()
+    weights = torch.rand(tokens, top_k, generator=generator)
+    return x, gate_up, down, weights, ids
+
+
+MIXES = {
+    "6_2_3": [[(6, "mul1")], [(2, "mul1")], [(3, "mul1")]],
+    "experts_differ": [
+        [(4, "3inst"), (1, "mcg"), (8, "mul1")],
+        [(2.5, "mul1"), (5, "mcg")],
+        [(7, "3inst"), (3.5, "mul1")],
+    ],
+}
+
+
+@pytest.mark.parametrize("engine", cases.ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("mix", MIXES)
+def test_layers(mix, tokens, dtype, engine, use_engine):
+    use_engine(engine)
+    check(*layer(256, 128, MIXES[mix], tokens, dtype))
+
+
+@pytest.mark.parametrize("engine", cases.ENGINES)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_sizes_that_were_rounded_up(tokens, engine, use_engine):
+    use_engine(engine)
+    check(*layer(200, 180, MIXES["6_2_3"], tokens, torch.float32))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_biases(activation):
+    gated = activation != "relu2"
+    values = layer(128, 72, MIXES["6_2_3"], 3, torch.float32, gated=gated)
+    generator = torch.Generator().manual_seed(5)
+    bias1 = torch.randn(E, (2 if gated else 1) * 72, generator=generator)
+    bias2 = torch.randn(E, 128, generator=generator)
+    check(*values, activation, bias1, bias2)
+
+
+@pytest.mark.parametrize("engine", cases.ENGINES)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_ids_outside_add_nothing(tokens, engine, use_engine):
+    use_engine(engine)
+    x, gate_up, down, weights, ids = layer(128, 128, MIXES["6_2_3"], tokens, torch.float32)
+    ids = ids.long()
+    ids[0, 0], ids[-1, 1] = -1, E
+    check(x, gate_up, down, weights, ids)
+
+
+def test_any_order_of_threads_gives_the_same(exact_engine):
+    values = layer(128, 128, MIXES["experts_differ"], 5, torch.float16)
+    results = []
+    for seed in (1, 2, 3):
+        exact_engine(seed)
+        results.append(run(*values))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_routing_in_the_same_call():
+    x, gate_up, down, _, _ = layer(128, 128, MIXES["6_2_3"], 4, torch.float16)
+    logits = torch.randn(4, E, generator=torch.Generator().manual_seed(6))
+    got = metal_moe.fused_moe(x, pair(gate_up), down, logits, 2)
+    assert metal_moe.last_dispatch()["kernels"][:2] == ["route", "group"]
+    assert torch.equal(got, run(x, gate_up, down, *metal_moe.fused_topk(logits, 2)))
+
+
+def test_a_fused_w1():
+    x, _, down, weights, ids = layer(128, 128, MIXES["6_2_3"], 3, torch.float32)
+    w1 = experts(256, 128, [(3, "mul1")], 50)
+    gate, up = w1.gate_up()
+    apart = QuantizedExperts({"gate": gate, "up": up})
+    got = metal_moe.fused_experts(x, w1, down, weights, ids)
+    assert torch.equal(got, metal_moe.fused_experts(x, apart, down, weights, ids))
+
+
+def test_what_is_refused():
+    x, gate_up, down, weights, ids = layer(128, 128, MIXES["6_2_3"], 2, torch.float32)
+    dense = torch.zeros(E, 128, 128)
+    affine = QuantizedExperts.quantize(dense, format="affine")
+    with pytest.raises(ValueError, match="kernel is moe_base; it must be None with trellis weights"):
+        metal_moe.fused_experts(x, pair(gate_up), down, weights, ids, kernel="moe_base")
+    for other in (dense, affine):
+        with pytest.raises(ValueError, match="w2 is of another format; it must be trellis"):
+            metal_moe.fused_experts(x, pair(gate_up), other, weights, ids)
+    mixed = QuantizedExperts.cat([QuantizedExperts({"weight": down.parts["weight"]}), affine])
+    with pytest.raises(ValueError, match=r"w2 is affine \(expert 3\); it must be of a format that kernels decode"):
+        metal_moe.fused_experts(x, pair(gate_up), mixed, weights, ids)
