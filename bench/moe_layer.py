@@ -1,7 +1,7 @@
 """Layers of real models beside PyTorch's own ways to compute them: time, fraction of the floor, ratio, error.
 
     python bench/moe_layer.py [--device cuda] [--model mixtral qwen3 ...] [--tokens 1 4 16 ...] [--kernels]
-        [--json FILE] [--plot FILE] [--compare FILE] [--load FILE]
+        [--format affine4 ...] [--json FILE] [--plot FILE] [--compare FILE] [--load FILE]
 
 The experts of a layer, given routes, without the shared ones; silu is the activation of all. Each implementation takes
 another of several inputs in turn, so that weights come from memory and not from a cache. Times are medians: eager, as a
@@ -9,6 +9,8 @@ caller waits for them, and on CUDA devices also in a CUDA graph of all inputs. T
 the experts hit over the memory bandwidth, and of the operations over the rate of a large matrix product of the same
 dtype, both measured in the same run. docs/performance.md explains all of it. A result that is not within tolerance of
 float64 ends the run with status 1.
+
+With --format our weights are quantised, and the floor has their bytes; the others compute with the dense weights.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from typing import TypeVar
 
 import torch
 from layer_bench import ceilings, kernels, plot, report, result, verdict
-from layer_bench.cases import INPUTS, MODELS, Case, make_case, make_layer
+from layer_bench.cases import FORMATS, INPUTS, MODELS, Case, make_case, make_layer, quantize
 from layer_bench.environment import environment
 from layer_bench.measure import free_memory, measure
 from metal_moe.cli.demo import TOLERANCES
@@ -41,6 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, nargs="+", help="default: glm and qwen3 on cpu, all on cuda")
     parser.add_argument("--tokens", type=int, nargs="+", help="default: 1 to 128 on cpu, 1 to 4096 on cuda")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--format", choices=FORMATS, help="of our weights (default: dense); affine: groups of 64")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on H and I (default: 1)")
     parser.add_argument("--kernel", help="force a family (default: the one selected for the device)")
     parser.add_argument("--rounds", type=int, default=2 * INPUTS, help="eager samples (default: %(default)s)")
@@ -91,10 +94,14 @@ def run(options: argparse.Namespace, progress: Progress) -> dict:
     def each_size(model: str, function: Callable[[Case], T]) -> list[T]:
         progress(f"{model}: drawing weights")
         layer = make_layer(model, options.scale, dtype, device)
+        quantized = None
+        if options.format:
+            progress(f"{model}: quantising")
+            quantized = quantize(layer, options.format)
         found = []
         for tokens in options.tokens:
             progress(f"{model}: {tokens} tokens")
-            found.append(function(make_case(layer, tokens)))
+            found.append(function(make_case(layer, tokens, quantized)))
         return found
 
     rows = each_case(
@@ -109,6 +116,7 @@ def run(options: argparse.Namespace, progress: Progress) -> dict:
         "format": result.FORMAT,
         **environment(device),
         "dtype": options.dtype,
+        "weights": options.format or options.dtype,
         "scale": options.scale,
         "kernel": options.kernel,
         "inputs": INPUTS,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import metal_moe
 import torch
-from metal_moe import layers
+from metal_moe import QuantizedExperts, layers
 from torch import Tensor
 
 MODELS = {
@@ -18,6 +18,13 @@ MODELS = {
 # Distinct inputs in turn: they choose different experts, whose weights then come from memory, not from the last call's
 # cache (as far as the experts of all of them exceed it).
 INPUTS = 8
+
+# --format: arguments of QuantizedExperts.quantize.
+FORMATS = {f"affine{bits}": {"format": "affine", "bits": bits, "group_size": 64} for bits in (2, 3, 4, 5, 6, 8)}
+FORMATS |= {name: {"format": name} for name in ("mxfp4", "mxfp8", "nvfp4")}
+
+Quantized = tuple[QuantizedExperts, QuantizedExperts]
+"""w1 and w2"""
 
 Call = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """hidden_states, w1, w2, topk_weights, topk_ids"""
@@ -32,6 +39,8 @@ class Case:
     calls: list[Call]
     logits: list[Tensor]
     """The router logits that the routes of `calls` come from."""
+    quantized: Quantized | None = None
+    """What we compute with in place of the weights of `calls`, which the peers take."""
 
     @property
     def shape(self) -> layers.LayerShape:
@@ -45,6 +54,19 @@ class Case:
         """Mean over the inputs of a function of their expert ids."""
         return sum(quantity(ids) for *_, ids in self.calls) / len(self.calls)
 
+    def expert_bytes(self) -> tuple[float, float]:
+        """Of one expert: the bytes of its w1 and of its w2, as we read them."""
+        if self.quantized:
+            w1, w2 = (weights.bits_per_weight / 8 * weights.shape[1:].numel() for weights in self.quantized)
+            return w1, w2
+        matrix = self.shape.hidden * self.shape.intermediate * self.layer.dtype.itemsize
+        return 2 * matrix, matrix
+
+    def moved_bytes(self, topk_ids: Tensor) -> float:
+        """Bytes that the layer must read and write at least: LayerShape.moved_bytes with our weights."""
+        tokens = 2 * topk_ids.shape[0] * self.shape.hidden * self.layer.dtype.itemsize
+        return topk_ids.unique().numel() * sum(self.expert_bytes()) + tokens
+
     def experts_hit(self) -> float:
         """Experts in use, the mean over the inputs."""
         return self.mean(lambda ids: ids.unique().numel())
@@ -56,8 +78,13 @@ def make_layer(model: str, scale: float, dtype: torch.dtype, device: torch.devic
     return layers.make_layer(shape if scale == 1 else shape.scaled(scale), dtype, device)
 
 
-def make_case(layer: layers.Layer, tokens: int) -> Case:
-    case = Case(layer, tokens, [], [])
+def quantize(layer: layers.Layer, format: str) -> Quantized:
+    w1, w2 = (QuantizedExperts.quantize(weights, **FORMATS[format]) for weights in (layer.w1, layer.w2))
+    return w1, w2
+
+
+def make_case(layer: layers.Layer, tokens: int, quantized: Quantized | None = None) -> Case:
+    case = Case(layer, tokens, [], [], quantized)
     for seed in range(INPUTS):
         x = layer.hidden_states(tokens, seed)
         logits = layer.router_logits(x)

@@ -20,13 +20,24 @@ Event = tuple[str, float]
 """Name and seconds of a kernel that ran."""
 
 
-def stage_bytes(stage: str, shape: LayerShape, tokens: int, hit: float, item: int, combined: bool) -> float | None:
+def stage_bytes(
+    stage: str,
+    shape: LayerShape,
+    tokens: int,
+    hit: float,
+    item: int,
+    combined: bool,
+    expert_bytes: tuple[float, float] | None = None,
+) -> float | None:
     """Bytes that a stage must read and write at least: what it is given and what it leaves, once each.
+
+    `expert_bytes`: of one expert's w1 and w2; None: dense, of `item` bytes per weight.
 
     `combined`: `combine` follows on `down`, which then leaves a row per assignment. None for an unknown stage.
     """
     rows = tokens * shape.top_k
     matrix = shape.hidden * shape.intermediate * item
+    w1, w2 = expert_bytes or (2 * matrix, matrix)
     inner = rows * shape.intermediate * item
     hidden = tokens * shape.hidden * item
     partial = rows * shape.hidden * WORD
@@ -34,8 +45,8 @@ def stage_bytes(stage: str, shape: LayerShape, tokens: int, hit: float, item: in
     return {
         "route": tokens * shape.experts * WORD + routes,
         "group": (3 * rows + shape.experts) * WORD,
-        "gate_up": hit * 2 * matrix + hidden + inner,
-        "down": hit * matrix + inner + (partial if combined else hidden + routes),
+        "gate_up": hit * w1 + hidden + inner,
+        "down": hit * w2 + inner + (partial if combined else hidden + routes),
         "combine": partial + routes + hidden,
     }.get(stage)
 
@@ -60,7 +71,7 @@ def summarise(events: Iterable[Event], case: Case, ceilings: Ceilings) -> list[d
     for name in launches:
         stage = stages.get(name, "other")
         each = seconds[name] / calls
-        moved = stage_bytes(stage, case.shape, case.tokens, hit, item, combined)
+        moved = stage_bytes(stage, case.shape, case.tokens, hit, item, combined, case.expert_bytes())
         entries.append(
             {
                 "model": case.shape.name,
@@ -83,7 +94,8 @@ def breakdown(case: Case, ceilings: Ceilings, kernel: str | None) -> list[dict]:
 
     def run_all() -> int:
         dispatches = 0
-        for (x, w1, w2, _, _), logits in zip(case.calls, case.logits, strict=True):
+        for (x, *dense, _, _), logits in zip(case.calls, case.logits, strict=True):
+            w1, w2 = case.quantized or dense
             metal_moe.fused_moe(x, w1, w2, logits, case.shape.top_k, **case.layer.routing(), kernel=kernel)
             dispatches += metal_moe.last_dispatch()["dispatches"]
         torch.cuda.synchronize()

@@ -6,7 +6,7 @@ import metal_moe
 import torch
 from metal_moe import baselines
 
-from .cases import Call, Case
+from .cases import Call, Case, Quantized
 from .ceilings import Ceilings
 from .check import Expected
 from .clock import Run, Timing, time_graph, time_in_turn
@@ -19,7 +19,9 @@ NAIVE_LIMIT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 RATIOS = {LOOP: OURS, NAIVE: OURS, GROUPED: OURS, GROUPED_GRAPH: OURS_GRAPH}
 
 
-def ours(kernel: str | None) -> Run:
+def ours(kernel: str | None, quantized: Quantized | None = None) -> Run:
+    if quantized:
+        return lambda call: metal_moe.fused_experts(call[0], *quantized, *call[3:], kernel=kernel)
     return lambda call: metal_moe.fused_experts(*call, kernel=kernel)
 
 
@@ -36,10 +38,12 @@ def peers(call: Call) -> dict[str, Run]:
 
 def measure(case: Case, ceilings: Ceilings, *, kernel: str | None, rounds: int, budget: float) -> dict:
     """The row of a result: see results/README.md for its entries."""
-    run_ours = ours(kernel)
+    run_ours = ours(kernel, case.quantized)
     implementations = {OURS: run_ours, **peers(case.calls[0])}
     expected = Expected(case.calls[0])
-    errors = {OURS: expected.error(run_ours(case.calls[0]))}
+    # Each against the weights that it computes with.
+    our_expected = Expected(case.calls[0], case.quantized) if case.quantized else expected
+    errors = {OURS: our_expected.error(run_ours(case.calls[0]))}
     ran = metal_moe.last_dispatch()
     for name, run in implementations.items():
         if name != OURS:
@@ -48,7 +52,7 @@ def measure(case: Case, ceilings: Ceilings, *, kernel: str | None, rounds: int, 
     notes: list[str] = []
     if case.device.type == "cuda":
         times[OURS_GRAPH], out = time_graph(run_ours, case.calls, budget)
-        errors[OURS_GRAPH] = expected.error(out)
+        errors[OURS_GRAPH] = our_expected.error(out)
         if GROUPED in implementations:
             try:
                 times[GROUPED_GRAPH], out = time_graph(implementations[GROUPED], case.calls, budget)
@@ -61,10 +65,10 @@ def measure(case: Case, ceilings: Ceilings, *, kernel: str | None, rounds: int, 
 
 def describe(case: Case, ceilings: Ceilings, times: dict[str, Timing]) -> dict:
     """Sizes, floor and times, and what follows from them."""
-    shape, dtype = case.shape, case.layer.dtype
+    shape = case.shape
     operations = shape.operations(case.tokens)
-    moved = case.mean(lambda ids: shape.moved_bytes(ids, dtype))
-    floor = case.mean(lambda ids: ceilings.floor_seconds(shape.moved_bytes(ids, dtype), operations))
+    moved = case.mean(case.moved_bytes)
+    floor = case.mean(lambda ids: ceilings.floor_seconds(case.moved_bytes(ids), operations))
     seconds = {name: one.median for name, one in times.items()}
     mine = {name: seconds[name] for name in (OURS, OURS_GRAPH) if name in seconds}
     return {

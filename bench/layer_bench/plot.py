@@ -4,6 +4,7 @@ from pathlib import Path
 
 from .measure import GROUPED, GROUPED_GRAPH, LOOP, NAIVE, OURS, OURS_GRAPH
 from .report import on_gpu, time_unit
+from .result import weights_of
 
 # Distinguishable with the common kinds of colour blindness too.
 MODEL_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d1f"]
@@ -51,7 +52,7 @@ def draw(result: dict, path: Path) -> None:
         named.update(zip(labels, handles, strict=True))
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False)
     figure.suptitle(
-        f"{result['device']['name']}, {result['dtype']}, metal_moe {result['versions']['metal_moe']} "
+        f"{result['device']['name']}, {weights_of(result)}, metal_moe {result['versions']['metal_moe']} "
         f"({result['commit'] or 'commit unknown'}), {result['date'][:10]}"
     )
     figure.savefig(path, dpi=110)

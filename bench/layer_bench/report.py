@@ -3,6 +3,7 @@
 from metal_moe.cli.text import table
 
 from .measure import GROUPED, GROUPED_GRAPH, LOOP, NAIVE, OURS, OURS_GRAPH
+from .result import weights_of
 
 
 def significant(value: float) -> str:
@@ -27,7 +28,7 @@ def time_unit(result: dict) -> tuple[str, float]:
 def heading(result: dict) -> str:
     versions, ceilings = result["versions"], result["ceilings"]
     lines = [
-        f"{result['device']['name']}, {result['dtype']}, {result['date']}, commit {result['commit'] or 'unknown'}",
+        f"{result['device']['name']}, {weights_of(result)}, {result['date']}, commit {result['commit'] or 'unknown'}",
         ", ".join(f"{name} {value or 'unknown'}" for name, value in versions.items()),
         f"ceilings of this run: memory {ceilings['bandwidth_of']} {ceilings['bandwidth'] / 1e9:.1f} GB/s"
         + (" (read + written)" if ceilings["bandwidth_of"] == "copies" else "")
@@ -137,6 +138,7 @@ def compare(result: dict, earlier: dict) -> str:
     for what, now, before in (
         ("device", result["device"]["name"], earlier["device"]["name"]),
         ("dtype", result["dtype"], earlier["dtype"]),
+        ("weights", weights_of(result), weights_of(earlier)),
         ("scale", result["scale"], earlier["scale"]),
     ):
         if now != before:

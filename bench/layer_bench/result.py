@@ -25,6 +25,12 @@ def read(path: Path) -> dict:
     return result
 
 
+def weights_of(result: dict) -> str:
+    """ "bf16", or "affine4 weights, bf16". Results of before --format have none."""
+    weights, dtype = result.get("weights", result["dtype"]), result["dtype"]
+    return dtype if weights == dtype else f"{weights} weights, {dtype}"
+
+
 def _without_infinities(value: Any) -> Any:
     """JSON has no infinity: None, as for the error of a result with values that are not finite."""
     if isinstance(value, dict):

@@ -73,16 +73,19 @@ struct QuantizedDot {
       return;
     Run runs[R];
     load(k, runs);
-    for (uint next_k = k + SIMD_WIDTH; next_k < end; next_k += SIMD_WIDTH) {
+    while (true) { // the products stand here once: they are most of the kernel
+      const uint next_k = k + SIMD_WIDTH;
       Run next[R];
-      load(next_k, next);
+      if (next_k < end)
+        load(next_k, next);
       add_products(runs, k);
+      if (next_k >= end)
+        return;
       UNROLL
       for (uint r = 0; r < R; ++r)
         runs[r] = next[r];
       k = next_k;
     }
-    add_products(runs, k);
 #endif
   }
 
