@@ -96,10 +96,10 @@ TEST(Selection, FollowsThePublishedTable) {
 TEST(Selection, RefusesWhatItCannotServe) {
   EXPECT_THROW(select_moe_kernel(-1, true, {}, {}, {}), std::invalid_argument);
   try {
-    select_moe_kernel(1, true, 16, 4, 16);
+    select_moe_kernel(1, true, 16, 9, 4);
     FAIL() << "no exception";
   } catch (const std::invalid_argument& error) {
-    EXPECT_EQ(std::string(error.what()), "up_bits is 4: must be None, 16 or 32 (dense)");
+    EXPECT_EQ(std::string(error.what()), "up_bits is 9: must be None, 16 or 32 (dense) or 1 to 8 (quantised)");
   }
 }
 
