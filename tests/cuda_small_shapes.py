@@ -39,6 +39,21 @@ def run_quantized(family: str, tokens: int, dtype: str, **options) -> None:
     assert_close(out, expected, f"{layer} {family} quantized")
 
 
+def run_trellis() -> None:
+    """Quantised and decoded on the GPU, then a layer of one token and of several."""
+    weights = [torch.randn(2, rows, 128, device="cuda") / 16 for rows in (256, 128)]
+    w1, w2 = (metal_moe.QuantizedExperts.quantize(w, format="trellis", bits=4) for w in weights)
+    ran.update(metal_moe.last_dispatch()["kernels"])
+    for experts in (w1, w2):
+        assert experts.dequantize(torch.float32).isfinite().all()
+        ran.update(metal_moe.last_dispatch()["kernels"])
+    for tokens in (1, 5):
+        x = torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16)
+        ids = torch.zeros(tokens, 1, device="cuda", dtype=torch.int32)
+        metal_moe.fused_experts(x, w1, w2, torch.ones(tokens, 1, device="cuda"), ids)
+        ran.update(metal_moe.last_dispatch()["kernels"])
+
+
 def main() -> int:
     for family in FAMILIES:
         shapes = [(72, 40)] if family == "moe_simd" else [(72, 40), (67, 35)]
@@ -53,6 +68,7 @@ def main() -> int:
             for count in tokens:
                 run_quantized(family, count, dtype)
                 run_quantized(family, count, dtype, activation="relu2")
+    run_trellis()
     logits = torch.randn(37, 70, device="cuda")
     for scoring in ("softmax", "sigmoid", "sqrt_softplus", "topk_softmax"):
         _, ids = metal_moe.fused_topk(logits, 6, scoring=scoring, num_expert_group=7, topk_group=3)

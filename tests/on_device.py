@@ -53,6 +53,8 @@ def moving(function: Callable, device: torch.device) -> Callable:
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def move(value):
+            if isinstance(value, metal_moe.QuantizedExperts):
+                return value.to(device)
             if not isinstance(value, torch.Tensor):
                 return value
             storage = storage_of(value)
