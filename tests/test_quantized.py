@@ -239,7 +239,8 @@ def test_what_is_refused():
         run(w1, layer.w2.half())
 
 
-def test_buffers_that_are_not_aligned_are_refused():
+def test_buffers_that_are_not_aligned_are_refused(use_engine):
+    use_engine("native")  # a copy on another device would be aligned
     layer = make_layer(2, 64, 64, 4, 2, torch.float32)
     w2 = quantized(layer.w2)
     part = w2.parts["weight"]
@@ -268,7 +269,8 @@ def flat_arguments(layer: Layer, w1: QuantizedExperts, w2: QuantizedExperts) -> 
     )
 
 
-def test_the_operator_under_opcheck_and_in_a_compiled_graph():
+def test_the_operator_under_opcheck_and_in_a_compiled_graph(use_engine):
+    use_engine("native")  # as the compiled graph, whose tensors are the CPU's
     layer = make_layer(3, 64, 64, 4, 2, torch.bfloat16)
     w1, w2 = quantized(layer.w1), quantized(layer.w2, format="mxfp4")
     arguments = flat_arguments(layer, w1, w2)
