@@ -1,9 +1,13 @@
 #include "kernel_table.h"
 
 #include "../core/pipeline_cache.h"
+#include "formats/dequantize_trellis.h"
 #include "moe/combine.h"
 #include "moe/gather.h"
 #include "moe/group.h"
+#include "moe/rotate.h"
+#include "moe/trellis_product.h"
+#include "quantize/viterbi.h"
 
 #include <algorithm>
 #include <iterator>
@@ -104,6 +108,14 @@ uint32_t kernel_simdgroups(const KernelEntry& kernel) {
     return COMBINE_SIMDGROUPS;
   case Stage::Gather:
     return GATHER_SIMDGROUPS;
+  case Stage::DequantizeTrellis:
+    return DEQUANTIZE_SIMDGROUPS;
+  case Stage::Viterbi:
+    return VITERBI_SIMDGROUPS;
+  case Stage::TrellisProduct:
+    return TRELLIS_PRODUCT_SIMDGROUPS;
+  case Stage::Rotate:
+    return ROTATE_SIMDGROUPS;
   }
   return 0; // no such stage
 }
