@@ -266,6 +266,29 @@ py::dict last_dispatch_dict() {
                   "row_tile"_a = trace.row_tile, "tile_n"_a = trace.tile_n, "vectorized"_a = trace.vectorized);
 }
 
+py::dict counters() {
+  const Counts counts = read_counters();
+  constexpr auto first = static_cast<uint32_t>(Counter::Fallbacks);
+  py::dict result, fallbacks;
+  for (uint32_t i = 0; i < first; ++i)
+    result[counter_name(static_cast<Counter>(i))] = counts[i];
+  for (uint32_t i = first; i < COUNTERS; ++i)
+    fallbacks[fallback_name(static_cast<Fallback>(i - first))] = counts[i];
+  result["fallbacks"] = fallbacks;
+  return result;
+}
+
+/// A fallback of the package's Python code: a copy of an argument where `copies`.
+void count_fallback(std::string_view reason, bool copies) {
+  for (uint32_t i = 0; i < static_cast<uint32_t>(Fallback::Count); ++i)
+    if (reason == fallback_name(static_cast<Fallback>(i))) {
+      count(static_cast<Fallback>(i));
+      count(Counter::Copies, copies);
+      return;
+    }
+  throw py::value_error("reason is '" + std::string(reason) + "': no fallback has that name");
+}
+
 py::dict device_info(std::string_view engine_name) {
   MoeEngine& engine = MoeEngine::get(engine_name);
   return py::dict("name"_a = engine.context().device_name(), "engine"_a = engine.context().engine(),
@@ -329,6 +352,9 @@ PYBIND11_MODULE(_core, m) {
         "up_bits"_a = py::none(), "down_bits"_a = py::none(), "(name, tile_n) of the published selection.");
   m.def("kernels", &kernels, "engine"_a, "The kernel table, checked against the engine's library.");
   m.def("last_dispatch", &last_dispatch_dict, "What this thread's last operation ran.");
+  m.def("counters", &counters, "What was done since the last reset_counters, in numbers.");
+  m.def("reset_counters", &reset_counters);
+  m.def("count_fallback", &count_fallback, "reason"_a, "copies"_a = false, "Counts a fallback, and a copy with it.");
   m.def("device_info", &device_info, "engine"_a);
   m.def("pool_stats", &pool_stats, "engine"_a, "Scratch buffers: counts and bytes.");
   m.def("pool_trim", &pool_trim, "engine"_a, "Frees idle scratch buffers; returns the bytes freed.");

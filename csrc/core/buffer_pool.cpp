@@ -1,5 +1,7 @@
 #include "buffer_pool.h"
 
+#include "counters.h"
+
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -44,7 +46,8 @@ PooledBuffer BufferPool::acquire(size_t bytes) {
       count_loan(capacity);
     }
   }
-  if (!buffer) {
+  const bool reused = buffer != nullptr;
+  if (!reused) {
     buffer = device_->newBuffer(capacity, MTL::ResourceStorageModeShared); // no lock: the device may take long
     if (!buffer)
       throw std::runtime_error("the device has no memory for a scratch buffer of " + std::to_string(capacity) +
@@ -55,6 +58,7 @@ PooledBuffer BufferPool::acquire(size_t bytes) {
     // Room for every buffer of the bucket to come back, so that give_back allocates nothing.
     idle_[bucket].reserve(idle_[bucket].size() + statistics_.buffers_in_use);
   }
+  count(reused ? Counter::PoolHits : Counter::PoolMisses);
   if (poison_)
     std::memset(buffer->contents(), 0xFF, capacity);
   return PooledBuffer(this, buffer, bucket);

@@ -29,7 +29,7 @@ void CallerStream::commit() {
   encoder_->endEncoding();
   ended_ = true;
   commands_->commit();
-  last_dispatch().commits += 1;
+  last_dispatch().add_commit();
   if (commands_->status() == MTL::CommandBufferStatusError) {
     AutoreleaseScope scope;
     throw ExecutionError(describe(commands_->error()));

@@ -131,7 +131,7 @@ void CommandStream::commit() {
       [this, submission](MTL::CommandBuffer* commands) { this->complete(*submission, commands); }));
   submission->commands->commit();
   in_flight_.push_back(std::move(encoded));
-  last_dispatch().commits += 1;
+  last_dispatch().add_commit();
 }
 
 void CommandStream::complete(Submission& submission, MTL::CommandBuffer* commands) noexcept {
@@ -164,6 +164,7 @@ void CommandStream::complete(Submission& submission, MTL::CommandBuffer* command
 
 void CommandStream::wait_for_oldest() {
   Submission& oldest = *in_flight_.front();
+  count(Counter::Synchronizations);
   oldest.commands->waitUntilCompleted();
   {
     // Metal may return from the wait before it has called the handler.

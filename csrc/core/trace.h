@@ -2,6 +2,8 @@
 // dispatch, so it is always on; tests and users read it to know which family ran.
 #pragma once
 
+#include "counters.h"
+
 #include <array>
 #include <cstdint>
 
@@ -25,6 +27,11 @@ struct DispatchTrace {
     if (dispatches < MAX_KERNELS)
       kernels[dispatches] = kernel;
     ++dispatches;
+    count(Counter::Dispatches);
+  }
+  void add_commit() {
+    ++commits;
+    count(Counter::Commits);
   }
 };
 

@@ -349,6 +349,12 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& 
   trace.row_tile = plan.row_tile;
   trace.tile_n = plan.variant->tile_n;
   trace.vectorized = aligned.gate_up && aligned.down;
+  if (!trace.vectorized)
+    count(Fallback::UnalignedRows);
+  if (plan.fp32_accumulation && !layer.fp32_accumulation)
+    count(Fallback::NoFp16Sums);
+  if (shape.quantized() && family == Family::Simd)
+    count(Fallback::NoQuantizedSimd);
 
   Encoding encoding{stream, engine, plan, x, layer, ids, weights, shared_weights, out, aligned, args};
   if (plan.grouped)

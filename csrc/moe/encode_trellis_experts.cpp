@@ -121,6 +121,8 @@ void encode_trellis_experts(CommandStream& stream, MoeEngine& engine, const Tens
   trace.family = family_name(tokens > 1 ? Family::Prefill4 : Family::Decode, true);
   trace.row_tile = tokens > 1 ? TRELLIS_PRODUCT_ROWS : 1;
   trace.tile_n = TRELLIS_TILE;
+  if (!layer.fp32_accumulation)
+    count(Fallback::NoFp16Sums);
 
   const size_t hidden_bytes = encoding.row_bytes(args.hidden, matrices);
   const size_t intermediate_bytes = encoding.row_bytes(args.intermediate, matrices);

@@ -27,6 +27,7 @@ inline void begin_operation(MoeEngine& engine, const char* operation) {
   trace = DispatchTrace{};
   trace.operation = operation;
   trace.engine = engine.context().engine().c_str();
+  count(Counter::Operations);
 }
 
 /// Encodes with `encode(stream)`, commits once and waits. Starts the calling thread's record of last_dispatch().

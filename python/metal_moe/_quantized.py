@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from . import _core
 from ._validate import wrong_type, wrong_value
 from .formats import QuantizedExperts
 from .formats.part import Part
@@ -55,7 +56,10 @@ def _call_quantized(op, quantized, hidden_states, w1, w2, *args, **kwargs) -> Te
         if own is not None:
             if kwargs.get(name) is not None:
                 wrong_value(op, name, "given", f"None where {name[:2]} has a bias of its own")
-            kwargs[name] = own.to(hidden_states.dtype) if isinstance(hidden_states, Tensor) else own
+            if isinstance(hidden_states, Tensor) and own.dtype != hidden_states.dtype:
+                _core.count_fallback("converted_bias", copies=True)
+                own = own.to(hidden_states.dtype)
+            kwargs[name] = own
     trellis = any(_has_trellis(weights) for weights in (w1, w2))
     if trellis:
         for name, weights in (("w1", w1), ("w2", w2)):

@@ -8,12 +8,14 @@ from ._validate import DEFAULT_DEVICE, MAX_SIZE, SUPPORTED_DEVICES, check_bits, 
 
 __all__ = [
     "SUPPORTED_DEVICES",
+    "counters",
     "device_info",
     "get_num_threads",
     "kernels",
     "last_dispatch",
     "pool_stats",
     "pool_trim",
+    "reset_counters",
     "select_moe_kernel",
     "set_exact_seed",
     "set_num_threads",
@@ -99,6 +101,38 @@ def last_dispatch() -> dict:
         vector loads).
     """
     return _core.last_dispatch()
+
+
+def counters() -> dict:
+    """What all threads have done on all devices since the start, or since `reset_counters()`.
+
+    Counting costs a few nanoseconds and is always on. While other threads compute, their last calls may be counted in
+    part.
+
+    Returns:
+        operations: calls that reached the kernels; dispatches; commits: of command buffers, on PyTorch's CUDA stream of
+            what an operation launches, on its MPS stream none; synchronizations: waits for a command buffer, one for
+            each operation on CPU tensors, none on PyTorch's streams; pool_hits, pool_misses: scratch from kept buffers,
+            and allocated; copies: of arguments, before an operation.
+        fallbacks: how often something else ran than what was asked for, or a slower form of it, by reason:
+            unaligned_rows: sizes or addresses without whole 16-byte vectors, so that kernels take elements one by one;
+            no_fp16_sums: `use_fp32_acc=False` where all kernels sum in float32;
+            no_quantized_simd: "moe_simd" on quantised weights, which runs kernels of "moe_base" or "moe_large_batch";
+            copied_input: hidden_states copied, as kernels of quantised weights read aligned rows only;
+            converted_bias: a bias of `QuantizedExperts` converted to the dtype of hidden_states, on every call.
+
+    Example:
+        >>> metal_moe.reset_counters()
+        >>> out = metal_moe.fused_experts(x, w1, w2, weights, ids)  # one token
+        >>> metal_moe.counters()["dispatches"]
+        2
+    """
+    return _core.counters()
+
+
+def reset_counters() -> None:
+    """`counters()` begins again at 0, for the whole process."""
+    _core.reset_counters()
 
 
 def pool_stats(device: str | torch.device = DEFAULT_DEVICE) -> dict:

@@ -58,6 +58,7 @@ def _aligned(hidden_states: Tensor) -> Tensor:
     row_bytes = hidden_states.stride(0) * hidden_states.element_size()
     if hidden_states.data_ptr() % 16 == 0 and (hidden_states.shape[0] <= 1 or row_bytes % 16 == 0):
         return hidden_states
+    _core.count_fallback("copied_input", copies=True)
     return hidden_states.clone(memory_format=torch.contiguous_format)
 
 
