@@ -66,7 +66,7 @@ bench: $(INSTALLED)
 
 # The headers of Metal's own names have no extension; those in scan/ are empty.
 FORMATTED = $(shell git ls-files 'kernels/*.h' 'kernels/*.metal' 'csrc/*.h' 'csrc/*.hpp' 'csrc/*.cpp' 'csrc/*.mm' \
-  'csrc/sim/msl/metal_*' 'tests/*.h' 'tests/*.metal' 'tests/*.cpp' 'tools/*.h' 'bench/*.cpp')
+  'csrc/sim/msl/metal_*' 'tests/*.h' 'tests/*.metal' 'tests/*.cpp' 'tools/*.h' 'bench/*.h' 'bench/*.cpp')
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@
 //
 // The arithmetic of these is below a microsecond per token; the rest is the price of a command buffer. Each layer is
 // checked against a float64 loop first, and a family other than the one selected for T is an error.
-#include "moe/fused_moe.h"
+#include "support.h"
 
 #include <benchmark/benchmark.h>
 
@@ -13,47 +13,21 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <random>
 #include <vector>
 
 namespace {
 
 using namespace metal_moe;
 
-MoeEngine& engine() {
-  static MoeEngine made("native", METAL_MOE_BENCH_LIBRARY);
-  return made;
-}
+using bench::random_values;
 
-std::vector<float> random_values(size_t count, float scale, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal(0, scale);
-  std::vector<float> values(count);
-  for (float& value : values)
-    value = normal(generator);
-  return values;
-}
-
-/// The values as a contiguous fp32 tensor, in place.
-TensorView tensor(const std::vector<float>& values, std::initializer_list<int64_t> shape) {
-  TensorView view;
-  view.buffer = engine().context().wrap(values.data(), values.size() * sizeof(float));
-  view.address = reinterpret_cast<uintptr_t>(values.data());
-  view.dtype = Dtype::Fp32;
-  view.item_size = sizeof(float);
-  view.rank = static_cast<uint32_t>(shape.size());
-  std::copy(shape.begin(), shape.end(), view.shape.begin());
-  int64_t stride = 1;
-  for (uint32_t i = view.rank; i-- > 0; stride *= view.shape[i])
-    view.strides[i] = stride;
-  return view;
-}
+MoeEngine& engine() { return bench::engine("native"); }
 
 void route(benchmark::State& state) {
   const int64_t tokens = state.range(0), experts = 64;
   constexpr uint32_t top_k = 4;
   const std::vector<float> logits = random_values(tokens * experts, 1, 1);
-  const TensorView logits_view = tensor(logits, {tokens, experts});
+  const TensorView logits_view = bench::tensor(engine().context(), logits, {tokens, experts});
   std::vector<float> weights(tokens * top_k);
   std::vector<int32_t> ids(tokens * top_k);
   const auto weights_buffer = engine().context().wrap(weights.data(), weights.size() * sizeof(float));
@@ -67,26 +41,9 @@ void route(benchmark::State& state) {
     state.SkipWithError("the first expert of token 0 is not the one with the largest logit");
 }
 
-/// A layer with its tensors; softmax routing, renormalised, silu.
-struct Layer {
-  static constexpr int64_t HIDDEN = 64, INTERMEDIATE = 64, EXPERTS = 4, TOP_K = 2;
-
-  explicit Layer(int64_t tokens)
-      : tokens(tokens), x(random_values(tokens * HIDDEN, 1, 1)), logits(random_values(tokens * EXPERTS, 1, 2)),
-        w1(random_values(EXPERTS * 2 * INTERMEDIATE * HIDDEN, 0.125f, 3)),
-        w2(random_values(EXPERTS * HIDDEN * INTERMEDIATE, 0.125f, 4)), out(tokens * HIDDEN) {
-    experts.w1 = tensor(w1, {EXPERTS, 2 * INTERMEDIATE, HIDDEN});
-    experts.w2 = tensor(w2, {EXPERTS, HIDDEN, INTERMEDIATE});
-    x_view = tensor(x, {tokens, HIDDEN});
-    logits_view = tensor(logits, {tokens, EXPERTS});
-    out_view = tensor(out, {tokens, HIDDEN});
-  }
-
-  void run() {
-    run_operation(engine(), "fused_moe", [&](CommandStream& stream) {
-      encode_fused_moe(stream, engine(), x_view, experts, logits_view, {}, TOP_K, {}, out_view);
-    });
-  }
+/// A layer whose result can be compared with a float64 loop.
+struct Layer : bench::Layer {
+  explicit Layer(int64_t tokens) : bench::Layer(bench::engine("native"), tokens) {}
 
   /// Largest error of a token, relative to the norm of its row.
   double error() const {
@@ -110,12 +67,6 @@ struct Layer {
     }
     return worst;
   }
-
-  const int64_t tokens;
-  const std::vector<float> x, logits, w1, w2;
-  std::vector<float> out;
-  ExpertsLayer experts;
-  TensorView x_view, logits_view, out_view;
 
 private:
   static double dot(const float* row, const auto* vector, int64_t count) {

@@ -356,10 +356,12 @@ def test_device_functions():
         metal_moe.set_exact_seed(-1)
 
 
-def test_engine_of_cpu_tensors(monkeypatch, use_engine):
+# "null" runs nothing: it is the benchmarks'.
+@pytest.mark.parametrize("name", ["metal", "null"])
+def test_engine_of_cpu_tensors(monkeypatch, use_engine, name):
     use_engine("native")
-    monkeypatch.setenv("METAL_MOE_CPU_ENGINE", "metal")
-    with pytest.raises(ValueError, match='METAL_MOE_CPU_ENGINE is "metal"; it must be "native" or "exact"'):
+    monkeypatch.setenv("METAL_MOE_CPU_ENGINE", name)
+    with pytest.raises(ValueError, match=f'METAL_MOE_CPU_ENGINE is "{name}"; it must be "native" or "exact"'):
         metal_moe.fused_topk(torch.randn(T, E), K)
 
 

@@ -51,6 +51,8 @@ NS::SharedPtr<MTL::Device> find_device(const std::string& name) {
 #if !defined(__APPLE__)
   if (is_cuda(name))
     return find_cuda_device(name);
+  if (name == "null")
+    return NS::TransferPtr(metal_sim::null_device());
 #endif
 #if defined(__APPLE__)
   const bool is_default = name.empty() || name == "mps";

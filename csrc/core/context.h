@@ -18,7 +18,7 @@ class Context {
 public:
   /// A context of its own for the device whose name begins with `device_name` ("native", "exact"; "cuda", "cuda:1", ...
   /// where there are NVIDIA GPUs; on Apple's Metal "mps", as PyTorch calls the GPU; "" is the system's default device),
-  /// with the metallib at `library_path`.
+  /// with the metallib at `library_path`. "null" is native without running a kernel, for benchmarks: no listing has it.
   /// std::invalid_argument listing the devices where there is none of that name, std::runtime_error where the library
   /// cannot be loaded.
   Context(const std::string& device_name, std::string library_path);

@@ -43,7 +43,7 @@ std::string load_error(const char* engine, const std::string& path) {
   return error ? error->localizedDescription()->utf8String() : "";
 }
 
-Engine::Engine(const char* name) : device(sim_test::device(name)) {
+Engine::Engine(NS::SharedPtr<MTL::Device> on) : device(std::move(on)) {
   NS::Error* error = nullptr;
   library = NS::TransferPtr(device->newLibrary(str(both_engines().path()), &error));
   if (!library)

@@ -41,7 +41,8 @@ std::string load_error(const char* engine, const std::string& path);
 /// Device, library and queue of one engine, and an autorelease pool for the test.
 class Engine {
 public:
-  explicit Engine(const char* name);
+  explicit Engine(const char* name) : Engine(sim_test::device(name)) {}
+  explicit Engine(NS::SharedPtr<MTL::Device> device);
 
   NS::SharedPtr<MTL::ComputePipelineState> pipeline(const char* kernel);
   NS::SharedPtr<MTL::Buffer> buffer(const std::vector<uint32_t>& words);

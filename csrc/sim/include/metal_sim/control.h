@@ -18,6 +18,11 @@ int num_threads();
 void set_exact_seed(uint64_t seed);
 uint64_t exact_seed();
 
+/// A device that accepts everything the native one does, and whose command buffers complete without running a kernel:
+/// outputs stay as they were. For benchmarks of what encoding and committing cost. Owned by the caller; not among
+/// MTL::CopyAllDevices().
+MTL::Device* null_device();
+
 /// The NVIDIA GPU `ordinal` as a device, owned by the caller: "cuda (NVIDIA H200, sm_90)", "cuda:1 (...)". Null and an
 /// error where there is no driver or no such GPU. Not among MTL::CopyAllDevices(): asking for it starts CUDA in this
 /// process.
