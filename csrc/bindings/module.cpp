@@ -1,12 +1,13 @@
 // metal_moe._core: the operations on PyTorch's tensors, for the package's Python code, which validates arguments. On
 // CPU tensors an operation runs to its end, on CUDA and MPS tensors it is encoded on PyTorch's current stream; each
 // without the interpreter's lock.
+#include "experts_call.h"
+#include "known_calls.h"
+#include "run.h"
 #include "tensors.h"
-#include "torch_stream.h"
 
 #include "../core/engine_controls.h"
 #include "../moe/encode_trellis.h"
-#include "../moe/fused_moe.h"
 #include "moe/group.h"
 
 #include <pybind11/pybind11.h>
@@ -27,25 +28,15 @@ Enum enumerator(const char* name, int value, Enum last) {
   return static_cast<Enum>(value);
 }
 
-template <class Encode>
-void run(MoeEngine& engine, const char* operation, const Encode& encode) {
-  if (engine.context().runs_on_caller_streams()) {
-    begin_operation(engine, operation);
-    run_on_current_stream(engine.context(), encode);
-    return;
-  }
-  const py::gil_scoped_release release;
-  run_operation(engine, operation, encode);
-}
-
 RoutingOptions routing_options(int scoring, uint32_t groups, uint32_t topk_groups, int group_score, bool renormalize,
-                               float renormalize_epsilon, float scale) {
-  return {enumerator("scoring", scoring, ROUTE_TOPK_SOFTMAX),
+                               std::optional<float> renormalize_epsilon, float scale) {
+  const auto checked_scoring = enumerator("scoring", scoring, ROUTE_TOPK_SOFTMAX);
+  return {checked_scoring,
           groups,
           topk_groups,
           enumerator("group_score", group_score, ROUTE_GROUP_TOP2_SUM),
           renormalize,
-          renormalize_epsilon,
+          renormalize_epsilon.value_or(default_renormalize_epsilon(checked_scoring)),
           scale};
 }
 
@@ -105,7 +96,7 @@ ExpertsLayer experts_layer(Context& context, py::handle w1, py::handle w2, py::h
 
 void fused_topk(std::string_view engine_name, py::handle logits, py::handle bias, py::handle weights_out,
                 py::handle ids_out, int scoring, uint32_t groups, uint32_t topk_groups, int group_score,
-                bool renormalize, float renormalize_epsilon, float scale) {
+                bool renormalize, std::optional<float> renormalize_epsilon, float scale) {
   MoeEngine& engine = MoeEngine::get(engine_name);
   Context& context = engine.context();
   const TensorView logits_view = read_tensor(context, logits, "router_logits", 2);
@@ -156,40 +147,35 @@ void fused_experts(std::string_view engine_name, py::handle x, py::handle w1, py
                    py::handle shared_w2, py::handle shared_weights, int activation, bool interleaved, float alpha,
                    float limit, bool fp32_acc, const std::optional<std::string>& family, int64_t intermediate,
                    bool trellis) {
-  MoeEngine& engine = MoeEngine::get(engine_name);
-  Context& context = engine.context();
-  const TensorView x_view = read_tensor(context, x, "hidden_states", 2);
-  const ExpertsLayer layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation,
-                                           interleaved, alpha, limit, fp32_acc, family, intermediate, trellis);
-  const TensorView weights = read_tensor(context, topk_weights, "topk_weights", 2);
-  const TensorView ids = read_tensor(context, topk_ids, "topk_ids", 2);
-  const TensorView out_view = read_tensor(context, out, "out", 2);
-  run(engine, "fused_experts", [&](CommandStream& stream) {
-    encode_experts(stream, engine, x_view, layer, ids_view(ids), weights_view(weights),
-                   size_argument("top_k of topk_ids", ids.shape[1]), out_view);
-  });
+  ExpertsCall call;
+  call.engine = &MoeEngine::get(engine_name);
+  Context& context = call.engine->context();
+  call.x = read_tensor(context, x, "hidden_states", 2);
+  call.layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation, interleaved,
+                             alpha, limit, fp32_acc, family, intermediate, trellis);
+  call.weights = read_tensor(context, topk_weights, "topk_weights", 2);
+  call.ids = read_tensor(context, topk_ids, "topk_ids", 2);
+  run_experts(call, packing_of(call).get(), out);
 }
 
 void fused_moe(std::string_view engine_name, py::handle x, py::handle w1, py::handle w2, py::handle logits,
                py::handle bias, py::handle out, int64_t top_k, int scoring, uint32_t groups, uint32_t topk_groups,
-               int group_score, bool renormalize, float renormalize_epsilon, float scale, py::handle b1, py::handle b2,
-               py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation, bool interleaved,
-               float alpha, float limit, bool fp32_acc, const std::optional<std::string>& family, int64_t intermediate,
-               bool trellis) {
-  MoeEngine& engine = MoeEngine::get(engine_name);
-  Context& context = engine.context();
-  const TensorView x_view = read_tensor(context, x, "hidden_states", 2);
-  const ExpertsLayer layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation,
-                                           interleaved, alpha, limit, fp32_acc, family, intermediate, trellis);
-  const TensorView logits_view = read_tensor(context, logits, "router_logits", 2);
-  const TensorView bias_view = read_tensor(context, bias, "correction_bias", 1, true);
-  const TensorView out_view = read_tensor(context, out, "out", 2);
-  const auto options =
-      routing_options(scoring, groups, topk_groups, group_score, renormalize, renormalize_epsilon, scale);
-  run(engine, "fused_moe", [&](CommandStream& stream) {
-    encode_fused_moe(stream, engine, x_view, layer, logits_view, bias_view, size_argument("top_k", top_k), options,
-                     out_view);
-  });
+               int group_score, bool renormalize, std::optional<float> renormalize_epsilon, float scale, py::handle b1,
+               py::handle b2, py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation,
+               bool interleaved, float alpha, float limit, bool fp32_acc, const std::optional<std::string>& family,
+               int64_t intermediate, bool trellis) {
+  ExpertsCall call;
+  call.engine = &MoeEngine::get(engine_name);
+  Context& context = call.engine->context();
+  call.x = read_tensor(context, x, "hidden_states", 2);
+  call.layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation, interleaved,
+                             alpha, limit, fp32_acc, family, intermediate, trellis);
+  call.routed = true;
+  call.logits = read_tensor(context, logits, "router_logits", 2);
+  call.correction_bias = read_tensor(context, bias, "correction_bias", 1, true);
+  call.top_k = size_argument("top_k", top_k);
+  call.routing = routing_options(scoring, groups, topk_groups, group_score, renormalize, renormalize_epsilon, scale);
+  run_experts(call, packing_of(call).get(), out);
 }
 
 void gather_experts(std::string_view engine_name, py::handle weights, py::handle ids, py::handle out) {
@@ -377,6 +363,7 @@ PYBIND11_MODULE(_core, m) {
       "library"_a, "kernel"_a, "architecture"_a,
       "The cubin of a kernel of the metallib for compute capability `architecture` (90: sm_90).");
   m.def("set_exact_seed", &set_exact_seed, "seed"_a, "Seed of the exact engine's schedule.");
+  define_known_calls(m);
 #if defined(__APPLE__)
   define_apple(m);
 #endif

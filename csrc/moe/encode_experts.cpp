@@ -292,19 +292,18 @@ LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t t
   return shape;
 }
 
-void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
-                    const SlotsView& ids, const SlotsView& weights, uint32_t top_k, const TensorView& out) {
-  if (layer.trellis)
-    return encode_trellis_experts(stream, engine, x, layer, ids, weights, top_k, out);
+ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
+                            const SlotsView& ids, const SlotsView& weights, uint32_t top_k) {
   const LayerShape shape = layer_shape(x, layer, top_k);
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
   const Family family =
       layer.family ? parse_family(*layer.family, fp32_accumulation) : select_family(engine.tuning(), shape.tokens);
+  ExpertsPacking packing{};
   if (shape.tokens == 0)
-    return;
-  const ExpertsPlan plan = plan_experts(engine.tuning(), family, shape, fp32_accumulation);
+    return packing;
+  const ExpertsPlan& plan = packing.plan = plan_experts(engine.tuning(), family, shape, fp32_accumulation);
 
-  ExpertsArgs args{};
+  ExpertsArgs& args = packing.args;
   args.tokens = shape.tokens;
   args.hidden = shape.hidden;
   args.intermediate = shape.intermediate;
@@ -322,30 +321,34 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& 
   args.weights_token_stride = weights.token_stride;
   args.weights_slot_stride = weights.slot_stride;
   args.weights_type = weights.type;
-  SlotsView shared_weights{weights.view};
   if (layer.shared_weights) {
-    shared_weights = {layer.shared_weights.view(),
-                      stride_argument("token stride of shared_weights", layer.shared_weights, 0),
-                      stride_argument("slot stride of shared_weights", layer.shared_weights, 1),
-                      static_cast<uint32_t>(layer.shared_weights.dtype)};
     args.has_shared_weights = 1;
+    args.shared_token_stride = stride_argument("token stride of shared_weights", layer.shared_weights, 0);
+    args.shared_slot_stride = stride_argument("slot stride of shared_weights", layer.shared_weights, 1);
+    args.shared_type = static_cast<uint32_t>(layer.shared_weights.dtype);
   }
-  args.shared_token_stride = shared_weights.token_stride;
-  args.shared_slot_stride = shared_weights.slot_stride;
-  args.shared_type = shared_weights.type;
   args.interleaved = layer.interleaved;
   args.activation = layer.activation;
   args.alpha = layer.alpha;
   args.limit = layer.limit;
+  return packing;
+}
 
+void encode_experts(CommandStream& stream, MoeEngine& engine, const ExpertsPacking& packing, const TensorView& x,
+                    const ExpertsLayer& layer, const SlotsView& ids, const SlotsView& weights, const TensorView& out) {
+  const ExpertsPlan& plan = packing.plan;
+  const ExpertsArgs& args = packing.args;
+  const LayerShape& shape = plan.shape;
+  if (shape.tokens == 0)
+    return;
   const Vectorized aligned = vectorized(x, layer, shape, args.x_row_stride);
   if (shape.quantized())
     check_quantized(x, layer, shape, args.x_row_stride);
-  else if (family == Family::Simd && !(aligned.gate_up && aligned.down))
+  else if (plan.family == Family::Simd && !(aligned.gate_up && aligned.down))
     throw_unaligned(x, layer, shape, args.x_row_stride);
 
   DispatchTrace& trace = last_dispatch();
-  trace.family = family_name(family, plan.fp32_accumulation);
+  trace.family = family_name(plan.family, plan.fp32_accumulation);
   trace.row_tile = plan.row_tile;
   trace.tile_n = plan.variant->tile_n;
   trace.vectorized = aligned.gate_up && aligned.down;
@@ -353,14 +356,23 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& 
     count(Fallback::UnalignedRows);
   if (plan.fp32_accumulation && !layer.fp32_accumulation)
     count(Fallback::NoFp16Sums);
-  if (shape.quantized() && family == Family::Simd)
+  if (shape.quantized() && plan.family == Family::Simd)
     count(Fallback::NoQuantizedSimd);
 
+  const SlotsView shared_weights{layer.shared_weights ? layer.shared_weights.view() : weights.view,
+                                 args.shared_token_stride, args.shared_slot_stride, args.shared_type};
   Encoding encoding{stream, engine, plan, x, layer, ids, weights, shared_weights, out, aligned, args};
   if (plan.grouped)
     encoding.grouped();
   else
     encoding.decode();
+}
+
+void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
+                    const SlotsView& ids, const SlotsView& weights, uint32_t top_k, const TensorView& out) {
+  if (layer.trellis)
+    return encode_trellis_experts(stream, engine, x, layer, ids, weights, top_k, out);
+  encode_experts(stream, engine, pack_experts(engine, x, layer, ids, weights, top_k), x, layer, ids, weights, out);
 }
 
 } // namespace metal_moe

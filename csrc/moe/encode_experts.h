@@ -50,4 +50,20 @@ LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t t
 void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
                     const SlotsView& ids, const SlotsView& weights, uint32_t top_k, const TensorView& out);
 
+/// What of a layer's encoding does not depend on where its tensors lie: only on their shapes, strides and dtypes, on
+/// the layer's options, on which tensors are absent, and on the engine. Made once and used by every call of which all
+/// of these are the same.
+struct ExpertsPacking {
+  ExpertsPlan plan; // of 0 tokens: nothing to encode
+  ExpertsArgs args; // without what differs between the dispatches
+};
+
+/// For layers that are not `trellis`. std::invalid_argument as encode_experts.
+ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
+                            const SlotsView& ids, const SlotsView& weights, uint32_t top_k);
+
+/// encode_experts of a layer with its `packing`.
+void encode_experts(CommandStream& stream, MoeEngine& engine, const ExpertsPacking& packing, const TensorView& x,
+                    const ExpertsLayer& layer, const SlotsView& ids, const SlotsView& weights, const TensorView& out);
+
 } // namespace metal_moe

@@ -16,6 +16,12 @@ struct RoutingOptions {
   float scale = 1;
 };
 
+/// Added to the sum of a token's weights before they are divided by it, where the caller names nothing. DeepSeek-V3 and
+/// its descendants guard the sum of sigmoid scores, which may underflow; a softmax cannot.
+constexpr float default_renormalize_epsilon(RouteScoring scoring) {
+  return scoring == ROUTE_SIGMOID || scoring == ROUTE_SQRT_SOFTPLUS ? 1e-20f : 0.0f;
+}
+
 /// logits [T, E] of any float dtype and strides; bias [E] contiguous or absent; weights_out fp32 [T, top_k] and ids_out
 /// int32 [T, top_k], contiguous. One dispatch; none for T = 0.
 void encode_route(CommandStream& stream, MoeEngine& engine, const TensorView& logits, const TensorView& bias,

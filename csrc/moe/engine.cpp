@@ -23,7 +23,7 @@ std::string& library_path() {
   return *path;
 }
 
-Node* find(std::string_view name) {
+Node* find_node(std::string_view name) {
   for (Node* node = engines.load(std::memory_order_acquire); node; node = const_cast<Node*>(node->next))
     if (node->name == name)
       return node;
@@ -38,11 +38,16 @@ MoeEngine::MoeEngine(const std::string& device_name, std::string path)
   check_kernel_table(context_.library().function_names(), context_.library().path());
 }
 
+MoeEngine* MoeEngine::find(std::string_view name) {
+  Node* node = find_node(name);
+  return node ? &node->engine : nullptr;
+}
+
 MoeEngine& MoeEngine::get(std::string_view name) {
-  if (Node* node = find(name))
+  if (Node* node = find_node(name))
     return node->engine;
   std::lock_guard lock(mutex);
-  if (Node* node = find(name))
+  if (Node* node = find_node(name))
     return node->engine; // another thread was first
   if (library_path().empty())
     throw std::runtime_error("no kernel library: set_library_path was not called");

@@ -20,6 +20,9 @@ public:
   /// call.
   static MoeEngine& get(std::string_view name);
 
+  /// The engine of that name where get() has made it, else null.
+  static MoeEngine* find(std::string_view name);
+
   /// The metallib of engines made from here on.
   static void set_library_path(std::string path);
 

@@ -15,11 +15,15 @@ SlotsView ids_view(const TensorView& ids);
 /// [tokens, slots] weights (fp32, fp16 or bf16) of a tensor.
 SlotsView weights_view(const TensorView& weights);
 
+/// pack_experts of a layer whose routes encode_fused_moe computes.
+ExpertsPacking pack_routed_experts(const MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
+                                   uint32_t top_k);
+
 /// Route and experts in one command buffer: out [T, H] from x [T, H] and logits [T, E]. Ids and weights stay in
-/// scratch.
+/// scratch. `packing`: the layer's, where the caller has it.
 void encode_fused_moe(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
                       const TensorView& logits, const TensorView& bias, uint32_t top_k, const RoutingOptions& options,
-                      const TensorView& out);
+                      const TensorView& out, const ExpertsPacking* packing = nullptr);
 
 /// Starts the calling thread's record of last_dispatch(). `operation` must have static storage.
 inline void begin_operation(MoeEngine& engine, const char* operation) {

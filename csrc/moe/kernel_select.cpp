@@ -50,21 +50,22 @@ Selection select_moe_kernel(int64_t batch_size, bool use_fp32_acc, std::optional
 
 Family parse_family(std::string_view name, bool fp32_accumulation) {
   constexpr std::string_view prefix = "moe_";
-  std::string names;
   for (uint32_t i = 0; i < FAMILIES; ++i) {
     const auto family = static_cast<Family>(i);
     for (bool fp32 : {false, true}) {
       const std::string_view full = family_name(family, fp32);
-      if (name != full && name != full.substr(prefix.size())) {
-        names.append(names.empty() ? "'" : ", '").append(full).append("'");
+      if (name != full && name != full.substr(prefix.size()))
         continue;
-      }
       if (fp32 && !fp32_accumulation)
         throw std::invalid_argument("kernel is '" + std::string(name) +
                                     "', which accumulates in fp32, but use_fp32_acc is False");
       return family;
     }
   }
+  std::string names;
+  for (uint32_t i = 0; i < FAMILIES; ++i)
+    for (bool fp32 : {false, true})
+      names.append(names.empty() ? "'" : ", '").append(family_name(static_cast<Family>(i), fp32)).append("'");
   throw std::invalid_argument("kernel is '" + std::string(name) + "': must be one of " + names);
 }
 

@@ -50,10 +50,11 @@ R = TypeVar("R")
 
 def cpu_engine() -> str:
     """The engine that runs CPU tensors: METAL_MOE_CPU_ENGINE, read on every call so that a test can change it."""
-    engine = os.environ.get(CPU_ENGINE_VARIABLE)
-    if engine is None or engine in CPU_ENGINES:
-        return engine or CPU_ENGINES[0]
-    raise ValueError(f'{CPU_ENGINE_VARIABLE} is "{engine}"; it must be {choices(CPU_ENGINES)}')
+    engine = _core.cpu_engine()
+    if engine is not None:
+        return engine
+    was = os.environ.get(CPU_ENGINE_VARIABLE)
+    raise ValueError(f'{CPU_ENGINE_VARIABLE} is "{was}"; it must be {choices(CPU_ENGINES)}')
 
 
 _nvrtc_was_sought = False

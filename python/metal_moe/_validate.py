@@ -148,10 +148,7 @@ def check_routing(
         if not correction_bias.is_contiguous():
             wrong_value(op, "correction_bias", f"strided {correction_bias.stride()}", "contiguous")
     check_bool(op, "renormalize", renormalize)
-    if renormalize_epsilon is None:
-        # DeepSeek-V3 and its descendants guard the sum of sigmoid scores, which may underflow; a softmax cannot.
-        renormalize_epsilon = 1e-20 if scoring_number in (1, 2) else 0.0
-    else:
+    if renormalize_epsilon is not None:
         check_number(op, "renormalize_epsilon", renormalize_epsilon)
         if renormalize_epsilon < 0.0:
             wrong_value(op, "renormalize_epsilon", renormalize_epsilon, "at least 0")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _core
+from ._known_calls import remembers_calls
 from ._operator import engine_of, operator
 from ._quantized import accepts_quantized
 from ._validate import (
@@ -240,6 +241,7 @@ def fused_moe_quantized(
     return out
 
 
+@remembers_calls
 @accepts_quantized(fused_experts_quantized)
 @operator
 def fused_experts(
@@ -360,6 +362,7 @@ def fused_experts(
     return out
 
 
+@remembers_calls
 @accepts_quantized(fused_moe_quantized)
 @operator
 def fused_moe(

@@ -162,6 +162,38 @@ TEST_P(FusedMoe, PrefillIsFiveDispatchesOfOneCommandBuffer) {
   EXPECT_FALSE(last_dispatch().vectorized);
 }
 
+TEST_P(FusedMoe, PackingServesEveryLayerOfItsShape) {
+  Context& context = on.context();
+  for (const char* family : {"moe_decode", "moe_base"}) {
+    ExpertsPacking packing{};
+    for (uint32_t round = 0; round < 3; ++round) {
+      Layer layer(3, 64, 40, 6, 2, 1);
+      std::mt19937 random(round); // other tensors, in other places, one of them where vectors do not fit
+      std::shuffle(layer.x.begin(), layer.x.end(), random);
+      std::shuffle(layer.w1.begin(), layer.w1.end(), random);
+      std::vector<float> moved(layer.x.size() + 1), out(layer.x.size(), NAN);
+      std::copy(layer.x.begin(), layer.x.end(), moved.begin() + 1);
+      ExpertsLayer views = layer.views(context);
+      views.family = family;
+      TensorView x = tensor(context, layer.x, {3, 64});
+      if (round == 1) {
+        x.buffer = context.wrap(moved.data() + 1, layer.x.size() * sizeof(float));
+        x.address = reinterpret_cast<uintptr_t>(moved.data() + 1);
+      }
+      const TensorView out_view = tensor(context, out, {3, 64});
+      const TensorView ids = tensor(context, layer.ids, {3, 2}), weights = tensor(context, layer.weights, {3, 2});
+      if (round == 0)
+        packing = pack_experts(on, x, views, ids_view(ids), weights_view(weights), 2);
+      run_operation(on, "fused_experts", [&](CommandStream& stream) {
+        encode_experts(stream, on, packing, x, views, ids_view(ids), weights_view(weights), out_view);
+      });
+      EXPECT_LE(layer.error(out), 1e-5) << family << " " << round;
+      EXPECT_EQ(last_dispatch().family, std::string(family) + "_fp32acc");
+      EXPECT_EQ(last_dispatch().vectorized, round != 1);
+    }
+  }
+}
+
 TEST_P(FusedMoe, NoTokensNoDispatch) {
   const Layer layer(0, 64, 64, 8, 2, 1);
   EXPECT_TRUE(layer.run_moe(on).empty());
