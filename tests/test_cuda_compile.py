@@ -61,6 +61,51 @@ def test_the_cache_is_read_and_written(cache):
     assert len(list(cache.iterdir())) == 2, "another architecture is another entry"
 
 
+def affine(bits: int, group_size: int = 64) -> int:
+    """The code of matrices with bf16 scales and aligned rows."""
+    return _core.matrix_code(1, 2 * bits, group_size, 0, 2, True)
+
+
+TRELLIS_6_2_3 = [_core.matrix_code(5, 2 * bits, 128, 2, 1, True) for bits in (6, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "codes"),
+    [
+        ("gate_up_quantized_decode_fp32acc_bf16", [affine(4), affine(4)]),
+        ("gate_up_quantized_decode_fp32acc_bf16", [affine(6), affine(2)]),
+        ("gate_up_quantized_large_batch_fp32acc_m16_bf16", [affine(3), affine(5, 128)]),
+        ("down_quantized_decode_fp32acc_fp16", [affine(8, 32)]),
+        ("down_quantized_prefill4_fp32acc_bf16", [_core.matrix_code(2, 8, 32, 0, 3, True)]),  # mxfp4
+        ("trellis_product_m1", TRELLIS_6_2_3[:2]),
+        ("trellis_product_m1", TRELLIS_6_2_3[2:] * 2),
+        ("trellis_product_m4", [TRELLIS_6_2_3[0], 0]),  # up of any rate
+    ],
+)
+def test_specialised_kernels_hold_their_decoders_alone(kernel, codes):
+    """Function constants reach the compiler: what the codes rule out is not in the code."""
+    constants = {index: code for index, code in enumerate(codes) if code}
+    specialized = _core.compile_cuda_kernel(str(LIBRARY), kernel, ARCHITECTURE, constants)
+    generic = _core.compile_cuda_kernel(str(LIBRARY), kernel, ARCHITECTURE)
+    assert specialized.startswith(b"\x7fELF") and kernel.encode() in specialized
+    if 0 not in codes:
+        assert len(specialized) < len(generic) / 2
+
+
+def test_the_cache_tells_specialised_kernels_apart(cache):
+    compiled = [
+        _core.compile_cuda_kernel(str(LIBRARY), "down_quantized_decode_fp32acc_fp32", ARCHITECTURE, {0: affine(bits)})
+        for bits in (2, 3, 2)
+    ]
+    assert compiled[0] == compiled[2] != compiled[1]
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_function_constants_that_a_kernel_does_not_have():
+    with pytest.raises(RuntimeError, match="kernel 'route' has no function constant of an index given"):
+        _core.compile_cuda_kernel(str(LIBRARY), "route", ARCHITECTURE, {0: 1})
+
+
 def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
     (tmp_path / "metal_moe").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -145,6 +145,46 @@ def test_pragmas(pragma, engine, gcc, expected):
     assert read(f"#pragma {pragma}\nint x;", engine, gcc).body.strip().removesuffix("int x;").strip() == expected
 
 
+CONSTANT = "constant uint WIDTH [[function_constant(4)]];\n"
+GUARDED = "constant uint COLUMNS = is_function_constant_defined(WIDTH) ? WIDTH : 8;\n"
+
+
+@pytest.mark.parametrize(
+    ("uses", "required"),
+    [
+        ("", False),
+        (GUARDED, False),
+        (GUARDED + "uint f() { return COLUMNS; }", False),
+        ("bool f() { return is_function_constant_defined(WIDTH); }", False),
+        (GUARDED + "uint f() { return WIDTH; }", True),
+        ("constant uint COLUMNS = WIDTH + 1;\n", True),
+        ("constant uint COLUMNS = is_function_constant_defined(WIDTH) ? 2 * WIDTH : 8;\n", True),
+        (f"kernel void f({SIGNATURE}) {{ out[i] = WIDTH; }}", True),
+    ],
+)
+def test_function_constants_are_required_where_nothing_guards_them(uses, required):
+    source = read(CONSTANT + uses)
+    assert source.constants == [msl_reader.FunctionConstant("WIDTH", "uint", 4, required)]
+
+
+def test_function_constants_become_macros_in_their_lines():
+    body = read(f"constant int N = 3;\n{CONSTANT}{GUARDED}constant bool WIDE\n = COLUMNS > 16;\n").body.split("\n")
+    assert body[0] == "constant int N = 3;"
+    assert "".join(body[1].split()) == "METAL_SIM_FUNCTION_CONSTANT(uint,WIDTH,0,4)"
+    expected = "METAL_SIM_DERIVED_CONSTANT(uint,COLUMNS,is_function_constant_defined(WIDTH)?WIDTH:8)"
+    assert "".join(body[2].split()) == expected
+    assert "".join(body[3].split()) == "METAL_SIM_DERIVED_CONSTANT(bool,WIDE"
+    assert "".join(body[4].split()) == ",COLUMNS>16)"
+
+
+def test_function_constants_of_the_cuda_engine(tmp_path):
+    cuda_source = pytest.importorskip("cuda_source")
+    source = read(f"{CONSTANT}{GUARDED}kernel void f({SIGNATURE}) {{ out[i] = COLUMNS; }}", "cuda")
+    text = cuda_source.emit(source, "test.metal")
+    assert text.startswith("//! constant 4 33 optional WIDTH\n//! kernel f\n//! buffer 0 write out\n")
+    assert "#define METAL_SIM_CONSTANT_4_IS_DEFINED false" in text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -170,7 +210,14 @@ def test_pragmas(pragma, engine, gcc, expected):
             f"[[early_return]] kernel void f({SIGNATURE}) {{}}",
             "attribute 'early_return' of kernel 'f' is not supported",
         ),
-        ("constant bool b [[function_constant(0)]];", "function constants are not supported"),
+        ("constant float4 b [[function_constant(0)]];", "expected 'constant TYPE name .* one of the types float, int"),
+        ("constant uint b [[function_constant(0)]] = 1;", "expected 'constant TYPE name"),
+        ("device uint b [[function_constant(0)]];", "expected 'constant TYPE name"),
+        ("struct S { uint b [[function_constant(0)]]; };", "expected 'constant TYPE name"),
+        ("constant uint b [[function_constant(65536)]];", "index of function constant 'b' is '65536'.* 0..65535"),
+        ("constant uint b [[function_constant(N)]];", "index of function constant 'b' is 'N'"),
+        (f"{CONSTANT}constant int o [[function_constant(4)]];", r"function_constant\(4\) is both 'WIDTH' and 'o'"),
+        (f"{CONSTANT}constant float2 o = float2(WIDTH, 0);", "a constant made of function constants must be declared"),
         ("struct S { float4 p [[position]]; };", "attribute 'position' is not supported here"),
         (f"kernel void f({SIGNATURE}) {{\n threadgroup float s[4];\n}}", "2: error: a threadgroup variable inside"),
         (f"kernel void f({SIGNATURE}) {{", "'{' is never closed"),

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from msl import arguments, clang, house, tree
+from msl import arguments, clang, constants, house, tree
 from msl.report import Finding
 
 KERNELS = clang.ROOT / "kernels"
@@ -47,7 +47,8 @@ def check_source(compiler: str, source: Path) -> Checked:
     except clang.msl_reader.TranslationError as error:
         file, line, message = str(error).split(":", 2)
         findings.append(Finding(clang.relative(file), int(line), message.removeprefix(" error: ")))
-    return Checked(source, findings + arguments.check(kernels), included, kernels)
+    findings += arguments.check(kernels) + constants.check(text, str(source))
+    return Checked(source, findings, included, kernels)
 
 
 def check_names(library: list[Checked]) -> list[Finding]:

@@ -15,7 +15,8 @@ public:
   /// In ~/Library/Caches/metal_moe, or below XDG_CACHE_HOME where that is set. `digest`: of the kernels' sources.
   PipelineArchive(MTL::Device* device, const std::string& digest);
 
-  /// The pipeline of `descriptor`, from disk; else compiled, added and saved. Null where that cannot be done.
+  /// The pipeline of `descriptor`, from disk; else compiled, added and saved. Null where that cannot be done. The same
+  /// kernel with other function constants is another pipeline to Metal, here as well.
   NS::SharedPtr<MTL::ComputePipelineState> pipeline(MTL::ComputePipelineDescriptor* descriptor);
 
 private:

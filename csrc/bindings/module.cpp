@@ -69,16 +69,25 @@ void read_weights(Context& context, py::handle weights, const char* name, Tensor
     *second = read_part(context, tensors, 4, name);
 }
 
+/// Of gate, up and down; 0 where a part has none. See matrix_code().
+using MatrixCodes = std::optional<std::array<uint32_t, 3>>;
+
 /// The arguments of the experts that fused_experts and fused_moe share. `family` must outlive the layer.
 ExpertsLayer experts_layer(Context& context, py::handle w1, py::handle w2, py::handle b1, py::handle b2,
                            py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation,
                            bool interleaved, float alpha, float limit, bool fp32_acc,
-                           const std::optional<std::string>& family, int64_t intermediate, bool trellis) {
+                           const std::optional<std::string>& family, int64_t intermediate, bool trellis,
+                           const MatrixCodes& codes) {
   ExpertsLayer layer;
   read_weights(context, w1, "w1", layer.w1, layer.gate, &layer.up);
   read_weights(context, w2, "w2", layer.w2, layer.down, nullptr);
   layer.intermediate = size_argument("intermediate size of w2", intermediate);
   layer.trellis = trellis;
+  if (codes && specialization_enabled()) {
+    layer.gate.code = (*codes)[0];
+    layer.up.code = (*codes)[1];
+    layer.down.code = (*codes)[2];
+  }
   layer.bias1 = read_tensor(context, b1, "w1_bias", 2, true);
   layer.bias2 = read_tensor(context, b2, "w2_bias", 2, true);
   layer.shared_w1 = read_tensor(context, shared_w1, "shared_w1", 3, true);
@@ -146,13 +155,13 @@ void fused_experts(std::string_view engine_name, py::handle x, py::handle w1, py
                    py::handle topk_ids, py::handle out, py::handle b1, py::handle b2, py::handle shared_w1,
                    py::handle shared_w2, py::handle shared_weights, int activation, bool interleaved, float alpha,
                    float limit, bool fp32_acc, const std::optional<std::string>& family, int64_t intermediate,
-                   bool trellis) {
+                   bool trellis, const MatrixCodes& codes) {
   ExpertsCall call;
   call.engine = &MoeEngine::get(engine_name);
   Context& context = call.engine->context();
   call.x = read_tensor(context, x, "hidden_states", 2);
   call.layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation, interleaved,
-                             alpha, limit, fp32_acc, family, intermediate, trellis);
+                             alpha, limit, fp32_acc, family, intermediate, trellis, codes);
   call.weights = read_tensor(context, topk_weights, "topk_weights", 2);
   call.ids = read_tensor(context, topk_ids, "topk_ids", 2);
   run_experts(call, packing_of(call).get(), out);
@@ -163,13 +172,13 @@ void fused_moe(std::string_view engine_name, py::handle x, py::handle w1, py::ha
                int group_score, bool renormalize, std::optional<float> renormalize_epsilon, float scale, py::handle b1,
                py::handle b2, py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation,
                bool interleaved, float alpha, float limit, bool fp32_acc, const std::optional<std::string>& family,
-               int64_t intermediate, bool trellis) {
+               int64_t intermediate, bool trellis, const MatrixCodes& codes) {
   ExpertsCall call;
   call.engine = &MoeEngine::get(engine_name);
   Context& context = call.engine->context();
   call.x = read_tensor(context, x, "hidden_states", 2);
   call.layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation, interleaved,
-                             alpha, limit, fp32_acc, family, intermediate, trellis);
+                             alpha, limit, fp32_acc, family, intermediate, trellis, codes);
   call.routed = true;
   call.logits = read_tensor(context, logits, "router_logits", 2);
   call.correction_bias = read_tensor(context, bias, "correction_bias", 1, true);
@@ -237,7 +246,7 @@ py::list kernels(std::string_view engine_name) {
                                             : entry.fp32_accumulation ? "fp32"
                                                                       : "fp16",
                          "row_tile"_a = expert ? entry.variant->row_tile : 0,
-                         "tile_n"_a = expert ? entry.variant->tile_n : 0));
+                         "tile_n"_a = expert ? entry.variant->tile_n : 0, "coded_matrices"_a = coded_matrices(entry)));
   }
   return list;
 }
@@ -249,7 +258,8 @@ py::dict last_dispatch_dict() {
     names.append(trace.kernels[i]);
   return py::dict("operation"_a = trace.operation, "engine"_a = trace.engine, "family"_a = trace.family,
                   "kernels"_a = names, "dispatches"_a = trace.dispatches, "commits"_a = trace.commits,
-                  "row_tile"_a = trace.row_tile, "tile_n"_a = trace.tile_n, "vectorized"_a = trace.vectorized);
+                  "row_tile"_a = trace.row_tile, "tile_n"_a = trace.tile_n, "vectorized"_a = trace.vectorized,
+                  "specialization"_a = layer_name(trace.family, trace.activation, trace.codes));
 }
 
 py::dict counters() {
@@ -321,12 +331,12 @@ PYBIND11_MODULE(_core, m) {
         "Sorted rows as padded_out int32 [E, capacity], -1 where an expert has fewer.");
   m.def("fused_experts", &fused_experts, "engine"_a, "x"_a, "w1"_a, "w2"_a, "topk_weights"_a, "topk_ids"_a, "out"_a,
         "b1"_a, "b2"_a, "shared_w1"_a, "shared_w2"_a, "shared_weights"_a, "activation"_a, "interleaved"_a, "alpha"_a,
-        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis"_a = false,
+        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis"_a = false, "codes"_a = py::none(),
         "The experts of a layer: out [T, H] from x [T, H].");
   m.def("fused_moe", &fused_moe, "engine"_a, "x"_a, "w1"_a, "w2"_a, "logits"_a, "bias"_a, "out"_a, "top_k"_a,
         "scoring"_a, "groups"_a, "topk_groups"_a, "group_score"_a, "renormalize"_a, "renormalize_epsilon"_a, "scale"_a,
         "b1"_a, "b2"_a, "shared_w1"_a, "shared_w2"_a, "shared_weights"_a, "activation"_a, "interleaved"_a, "alpha"_a,
-        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis"_a = false,
+        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis"_a = false, "codes"_a = py::none(),
         "Routing and experts of a layer in one command buffer.");
   m.def("gather_experts", &gather_experts, "engine"_a, "weights"_a, "ids"_a, "out"_a,
         "out [n, ...] = weights [E, ...] of the experts ids [n]; zeros where an id is out of range.");
@@ -336,6 +346,10 @@ PYBIND11_MODULE(_core, m) {
         "Closed walks, states_out int32 [n, 256], near values fp32 [n, 256]; table fp32 [65536]: values of states.");
   m.def("select_moe_kernel", &select, "batch_size"_a, "use_fp32_acc"_a, "gate_bits"_a = py::none(),
         "up_bits"_a = py::none(), "down_bits"_a = py::none(), "(name, tile_n) of the published selection.");
+  m.def("matrix_code", &checked_matrix_code, "format"_a, "half_bits"_a, "group_size"_a, "codebook"_a, "scale_type"_a,
+        "aligned"_a, "How matrices with these fields of a record are stored, in a number for kernels; 0: in none.");
+  m.def("enable_specialization", &enable_specialization, "enabled"_a);
+  m.def("specialization_enabled", &specialization_enabled);
   m.def("kernels", &kernels, "engine"_a, "The kernel table, checked against the engine's library.");
   m.def("last_dispatch", &last_dispatch_dict, "What this thread's last operation ran.");
   m.def("counters", &counters, "What was done since the last reset_counters, in numbers.");
@@ -352,16 +366,19 @@ PYBIND11_MODULE(_core, m) {
   m.def("set_nvrtc_path", &set_nvrtc_path, "path"_a, "A file to load NVRTC from, where none is loaded yet.");
   m.def(
       "compile_cuda_kernel",
-      [](const std::string& library, const std::string& kernel, int architecture) {
+      [](const std::string& library, const std::string& kernel, int architecture,
+         const std::map<uint32_t, uint32_t>& constants) {
         std::string image;
         {
           const py::gil_scoped_release release;
-          image = compile_cuda_kernel(library, kernel, architecture);
+          image = compile_cuda_kernel(library, kernel, constants, architecture);
         }
         return py::bytes(image);
       },
-      "library"_a, "kernel"_a, "architecture"_a,
-      "The cubin of a kernel of the metallib for compute capability `architecture` (90: sm_90).");
+      "library"_a, "kernel"_a, "architecture"_a, "constants"_a = std::map<uint32_t, uint32_t>(),
+      "The cubin of a kernel of the metallib for compute capability `architecture` (90: sm_90); its function "
+      "constants, "
+      "by index, have the bits `constants`.");
   m.def("set_exact_seed", &set_exact_seed, "seed"_a, "Seed of the exact engine's schedule.");
   define_known_calls(m);
 #if defined(__APPLE__)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 
 namespace metal_moe {
@@ -17,8 +18,9 @@ void set_exact_seed(uint64_t seed);
 /// Where the cuda engine looks for NVRTC before the system's own places.
 void set_nvrtc_path(const std::string& path);
 
-/// Machine code of a kernel for an NVIDIA GPU of compute capability `architecture` (90: sm_90). std::runtime_error
-/// where it does not compile.
-std::string compile_cuda_kernel(const std::string& library, const std::string& kernel, int architecture);
+/// Machine code of a kernel for an NVIDIA GPU of compute capability `architecture` (90: sm_90), with bits of its
+/// function constants by index. std::runtime_error where it does not compile.
+std::string compile_cuda_kernel(const std::string& library, const std::string& kernel,
+                                const std::map<uint32_t, uint32_t>& constants, int architecture);
 
 } // namespace metal_moe

@@ -32,18 +32,23 @@ Library::Library(MTL::Device* device, std::string path) : device_(device), path_
 
 Library::~Library() = default;
 
-NS::SharedPtr<MTL::Function> Library::function(const char* name) const {
+NS::SharedPtr<MTL::Function> Library::function(const char* name, const MTL::FunctionConstantValues* constants) const {
   AutoreleaseScope scope;
+  NS::Error* error = nullptr;
 #if defined(__APPLE__)
   const MTL::Library* library = sources_ ? sources_->library_of(name) : library_.get();
 #else
   const MTL::Library* library = library_.get();
 #endif
   auto function = NS::SharedPtr<MTL::Function>();
-  if (library)
-    function = NS::TransferPtr(const_cast<MTL::Library*>(library)->newFunction(ns_string(name)));
+  if (library) {
+    auto* source = const_cast<MTL::Library*>(library);
+    function = NS::TransferPtr(constants ? source->newFunction(ns_string(name), constants, &error)
+                                         : source->newFunction(ns_string(name)));
+  }
   if (!function)
-    throw std::runtime_error(std::string("kernel '") + name + "' is not in the library '" + path_ + "'");
+    throw std::runtime_error(std::string("kernel '") + name + "' is not in the library '" + path_ + "'" +
+                             (error ? ": " + describe(error) : ""));
   return function;
 }
 

@@ -20,8 +20,9 @@ public:
   Library(const Library&) = delete;
   Library& operator=(const Library&) = delete;
 
-  /// The function `name`. std::runtime_error naming it and the library where it does not exist.
-  NS::SharedPtr<MTL::Function> function(const char* name) const;
+  /// The function `name`, with `constants` where it has function constants (else null). std::runtime_error naming it
+  /// and the library where it does not exist, or with Metal's reason where those constants do not fit.
+  NS::SharedPtr<MTL::Function> function(const char* name, const MTL::FunctionConstantValues* constants = nullptr) const;
 
   /// A pipeline of a function of this library. std::runtime_error naming the kernel where Metal makes none.
   NS::SharedPtr<MTL::ComputePipelineState> new_pipeline(MTL::ComputePipelineDescriptor* descriptor) const;

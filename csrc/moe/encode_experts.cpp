@@ -155,11 +155,17 @@ uint32_t gemv_blocks(const Pipeline& pipeline, uint32_t columns, uint32_t per_si
   return ceil_div(columns, gemv_threadgroup_columns(GEMV_SIMDGROUPS * per_simdgroup, pipeline.simd_width));
 }
 
+/// What these pipelines were compiled for.
+void record_codes(const Pipeline& gate_up, const Pipeline& down) {
+  const auto& first = gate_up.constants.values;
+  last_dispatch().codes = {first[0], first[1], down.constants.values[0]};
+}
+
 void Encoding::decode() {
   const LayerShape& shape = plan.shape;
   const BufferView h = stream.scratch(plan.h_bytes);
 
-  const Pipeline& gate_up = engine.pipeline(plan.gate_up);
+  const Pipeline& gate_up = engine.pipeline(plan.gate_up, {{layer.gate.code, layer.up.code}});
   stream.use(gate_up);
   stream.bind(0, x.view());
   uint32_t index = gate_up_weights();
@@ -170,7 +176,8 @@ void Encoding::decode() {
                   simdgroups(GEMV_SIMDGROUPS, gate_up.simd_width) * gate_up.simd_width,
                   plan.gate_up_weight_bytes + activation_bytes());
 
-  const Pipeline& down = engine.pipeline(plan.down);
+  const Pipeline& down = engine.pipeline(plan.down, {{layer.down.code}});
+  record_codes(gate_up, down);
   stream.use(down);
   stream.bind(0, h);
   index = down_weights();
@@ -200,7 +207,7 @@ void Encoding::grouped() {
   const bool gemv = plan.family == Family::Prefill4;
   const uint32_t wanted_simdgroups = gemv ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS;
   const BufferView h = stream.scratch(plan.h_bytes);
-  const Pipeline& gate_up = engine.pipeline(plan.gate_up);
+  const Pipeline& gate_up = engine.pipeline(plan.gate_up, {{layer.gate.code, layer.up.code}});
   const uint32_t threads = simdgroups(wanted_simdgroups, gate_up.simd_width) * gate_up.simd_width;
   stream.use(gate_up);
   stream.bind(0, x.view());
@@ -218,7 +225,9 @@ void Encoding::grouped() {
 
   const BufferView y = stream.scratch(plan.y_bytes);
   args.out_row_stride = shape.hidden;
-  stream.use(engine.pipeline(plan.down));
+  const Pipeline& down = engine.pipeline(plan.down, {{layer.down.code}});
+  record_codes(gate_up, down);
+  stream.use(down);
   stream.bind(0, h);
   index = down_weights();
   stream.bind(index++, tables.tiles);
@@ -352,6 +361,7 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const ExpertsPacki
   trace.row_tile = plan.row_tile;
   trace.tile_n = plan.variant->tile_n;
   trace.vectorized = aligned.gate_up && aligned.down;
+  trace.activation = layer.activation;
   if (!trace.vectorized)
     count(Fallback::UnalignedRows);
   if (plan.fp32_accumulation && !layer.fp32_accumulation)

@@ -13,7 +13,8 @@ struct QuantizedPart {
   TensorView codes;
   TensorView scales;
   TensorView biases;
-  TensorView table; // int32 [E, 16]
+  TensorView table;  // int32 [E, 16]
+  uint32_t code = 0; // of its matrices (kernels/formats/matrix_code.h), where they have one that kernels may know
 
   explicit operator bool() const { return bool(table); }
 };

@@ -46,7 +46,13 @@ void Encoding::rotate(KernelIndex kernel, uint32_t columns, uint32_t rows, uint3
 void Encoding::product(const QuantizedPart& first, const QuantizedPart& second, uint32_t count, uint32_t inputs,
                        uint32_t outputs, const BufferView& from, const BufferView& to) {
   const bool grouped = tokens > 1;
-  const Pipeline& pipeline = engine.pipeline(grouped ? TRELLIS_PRODUCT_M4_KERNEL : TRELLIS_PRODUCT_M1_KERNEL);
+  const Pipeline& pipeline =
+      engine.pipeline(grouped ? TRELLIS_PRODUCT_M4_KERNEL : TRELLIS_PRODUCT_M1_KERNEL, {{first.code, second.code}});
+  std::array<uint32_t, 3>& compiled_for = last_dispatch().codes;
+  if (&first == &layer.down)
+    compiled_for[2] = pipeline.constants.values[0];
+  else
+    std::copy_n(pipeline.constants.values.begin(), count, compiled_for.begin());
   TrellisProductArgs product{};
   product.rows = args.rows;
   product.inputs = rotate_padded(inputs);
@@ -121,6 +127,7 @@ void encode_trellis_experts(CommandStream& stream, MoeEngine& engine, const Tens
   trace.family = family_name(tokens > 1 ? Family::Prefill4 : Family::Decode, true);
   trace.row_tile = tokens > 1 ? TRELLIS_PRODUCT_ROWS : 1;
   trace.tile_n = TRELLIS_TILE;
+  trace.activation = layer.activation;
   if (!layer.fp32_accumulation)
     count(Fallback::NoFp16Sums);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernel_table.h"
+#include "specialization.h"
 #include "tuning.h"
 
 #include "../core/context.h"
@@ -28,9 +29,11 @@ public:
 
   Context& context() { return context_; }
   const Tuning& tuning() const { return tuning_; }
-  const Pipeline& pipeline(KernelIndex kernel) {
-    return context_.pipelines().get(kernel, kernel_table()[kernel].name.c_str(),
-                                    kernel_simdgroups(kernel_table()[kernel]));
+  /// The pipeline of a kernel, for matrices of these codes where it has any (see specialization.h).
+  const Pipeline& pipeline(KernelIndex kernel, const FunctionConstants& codes = {}) {
+    const KernelEntry& entry = kernel_table()[kernel];
+    return context_.pipelines().get(
+        kernel, {entry.name.c_str(), kernel_simdgroups(entry), coded_matrices(entry) != 0, specialized_label}, codes);
   }
 
 private:

@@ -6,10 +6,32 @@ namespace metal_moe {
 
 namespace {
 
+constexpr int64_t MAX_QUANTIZED_BITS = 8;
+
 void check_bits(const char* name, std::optional<int64_t> bits) {
-  if (bits && *bits != 16 && *bits != 32 && (*bits < 1 || *bits > 8))
+  if (bits && *bits != 16 && *bits != 32 && (*bits < 1 || *bits > MAX_QUANTIZED_BITS))
     throw std::invalid_argument(std::string(name) + " is " + std::to_string(*bits) +
                                 ": must be None, 16 or 32 (dense) or 1 to 8 (quantised)");
+}
+
+bool is_quantized(std::optional<int64_t> bits) { return bits && *bits <= MAX_QUANTIZED_BITS; }
+
+/// Of trellis weights: the published table.
+Selection select_quantized(Family family, bool fp32, std::optional<int64_t> gate_bits, std::optional<int64_t> up_bits,
+                           std::optional<int64_t> down_bits) {
+  const std::string name = "moe_trellis_swiglu", acc = fp32 ? "_fp32acc" : "";
+  if (family == Family::Decode) {
+    if (!is_quantized(gate_bits) || !is_quantized(up_bits) || !is_quantized(down_bits))
+      return {name + "_decode", GEMV_TILE_N};
+    return {name + "_decode_" + std::to_string(*gate_bits) + "_" + std::to_string(*up_bits) + "_" +
+                std::to_string(*down_bits),
+            GEMV_TILE_N};
+  }
+  if (family == Family::Prefill4)
+    return {name + "_prefill4" + acc, GEMV_TILE_N};
+  if (family == Family::Base || fp32)
+    return {name + acc, BASE_TILE_N};
+  return {name + "_large_batch", LARGE_BATCH_TILE_N};
 }
 
 } // namespace
@@ -45,6 +67,8 @@ Selection select_moe_kernel(int64_t batch_size, bool use_fp32_acc, std::optional
   const Tuning published;
   const auto tokens = static_cast<uint32_t>(std::min<int64_t>(batch_size, UINT32_MAX));
   const Family family = select_family(published, tokens);
+  if (is_quantized(gate_bits) || is_quantized(up_bits) || is_quantized(down_bits))
+    return select_quantized(family, use_fp32_acc, gate_bits, up_bits, down_bits);
   return {family_name(family, use_fp32_acc), VARIANTS[select_variant(published, family, 0, 1)].tile_n};
 }
 

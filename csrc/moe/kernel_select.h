@@ -5,17 +5,19 @@
 #include "tuning.h"
 
 #include <optional>
+#include <string>
 #include <string_view>
 
 namespace metal_moe {
 
 struct Selection {
-  const char* name; // "moe_decode_fp32acc"
+  std::string name; // "moe_decode_fp32acc"; of quantised weights "moe_trellis_swiglu_decode_6_2_3"
   uint32_t tile_n;
 };
 
 /// The published selection: family by number of tokens, name and output columns per threadgroup. Bits: none, 16 or 32
-/// for dense weights, 1 to 8 for quantised ones. std::invalid_argument for a negative batch size and for other bits.
+/// for dense weights, 1 to 8 for quantised ones, whose names in decode tell the bits of all three.
+/// std::invalid_argument for a negative batch size and for other bits.
 Selection select_moe_kernel(int64_t batch_size, bool use_fp32_acc, std::optional<int64_t> gate_bits,
                             std::optional<int64_t> up_bits, std::optional<int64_t> down_bits);
 

@@ -89,6 +89,12 @@ std::span<const KernelEntry> kernel_table() {
   return table;
 }
 
+uint32_t coded_matrices(const KernelEntry& kernel) {
+  if (kernel.stage == Stage::TrellisProduct)
+    return 2;
+  return !kernel.quantized ? 0 : kernel.stage == Stage::GateUp ? 2 : 1;
+}
+
 uint32_t kernel_simdgroups(const KernelEntry& kernel) {
   switch (kernel.stage) {
   case Stage::GateUp:

@@ -118,6 +118,9 @@ constexpr KernelIndex combine_kernel(Dtype dtype) { return COMBINE_KERNELS + sta
 /// All kernels by index. The strings live as long as the program.
 std::span<const KernelEntry> kernel_table();
 
+/// Matrices of an expert whose codes (kernels/formats/matrix_code.h) are function constants of the kernel: 0 to 2.
+uint32_t coded_matrices(const KernelEntry& kernel);
+
 /// The most simdgroups of a threadgroup of the kernel, on a GPU.
 uint32_t kernel_simdgroups(const KernelEntry& kernel);
 

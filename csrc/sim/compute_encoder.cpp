@@ -184,6 +184,7 @@ void ComputeCommandEncoder::dispatchThreadgroups(Size threadgroupsPerGrid, Size 
   dispatch.kernel = encoder.pipeline->kernel;
   dispatch.library = encoder.pipeline->library->kernels;
   dispatch.cost = &encoder.pipeline->cost;
+  dispatch.arguments.constants = encoder.pipeline->constants.data();
   const auto narrow = [](Size size) -> Size3 {
     return {uint32_t(size.width), uint32_t(size.height), uint32_t(size.depth)};
   };

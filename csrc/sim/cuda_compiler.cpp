@@ -239,8 +239,10 @@ std::string nvrtc_version() {
   return std::to_string(major) + "." + std::to_string(minor);
 }
 
-CudaBinary cuda_binary(const CudaSource& source, const std::string& kernel, int architecture, bool use_cache) {
-  const std::vector<std::string> options = compiler_options(kernel, architecture);
+CudaBinary cuda_binary(const CudaSource& source, const std::string& kernel, const std::vector<std::string>& definitions,
+                       int architecture, bool use_cache) {
+  std::vector<std::string> options = compiler_options(kernel, architecture);
+  options.insert(options.end(), definitions.begin(), definitions.end());
   std::string key = nvrtc_version() + '\0' + source.text;
   for (const std::string& option : options)
     key += '\0' + option;

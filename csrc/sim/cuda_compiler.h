@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace metal_sim {
 
@@ -18,13 +19,15 @@ struct CudaBinary {
   bool from_cache;
 };
 
-/// The kernel `kernel` of `source` for compute capability major * 10 + minor. std::runtime_error with the compiler's
+/// The kernel `kernel` of `source`, with further options for the compiler, for compute capability major * 10 + minor.
+/// std::runtime_error with the compiler's
 /// log where it does not compile, and where there is no NVRTC. `use_cache`: false where what the cache holds has
 /// failed.
 ///
 /// The cache is $XDG_CACHE_HOME/metal_moe/cuda (else ~/.cache/metal_moe/cuda): one file per source text, options and
 /// NVRTC version. A cache that cannot be read or written is as good as an empty one.
-CudaBinary cuda_binary(const CudaSource& source, const std::string& kernel, int architecture, bool use_cache = true);
+CudaBinary cuda_binary(const CudaSource& source, const std::string& kernel, const std::vector<std::string>& definitions,
+                       int architecture, bool use_cache = true);
 
 /// Threadgroup memory that kernels for an architecture are compiled for: half of a multiprocessor's shared memory, so
 /// that it holds two threadgroups, whose loads and arithmetic overlap.

@@ -79,11 +79,17 @@ public:
     return &library->table();
   }
 
+  const Kernel* specialize(const Kernel& entry, const ConstantValue* values) override {
+    const std::lock_guard lock(mutex_);
+    const auto [library, kernel] = find(entry);
+    return library->specialize(*kernel, values);
+  }
+
   std::string prepare(const Kernel& entry) override {
     const std::lock_guard lock(mutex_);
     const CurrentCudaContext current(context_);
     const OutsideCapture relaxed;
-    CudaKernel& kernel = library_of(entry).kernel(entry);
+    CudaKernel& kernel = *find(entry).second;
     if (!kernel.function)
       load(kernel);
     return "";
@@ -180,22 +186,20 @@ private:
            std::to_string(argument.index) + ")";
   }
 
-  CudaLibrary& library_of(const Kernel& entry) {
-    for (const auto& [path, library] : libraries_) {
-      const KernelLibrary& table = library->table();
-      if (std::find(table.kernels, table.kernels + table.kernel_count, &entry) != table.kernels + table.kernel_count)
-        return *library;
-    }
+  std::pair<CudaLibrary*, CudaKernel*> find(const Kernel& entry) {
+    for (const auto& [path, library] : libraries_)
+      if (CudaKernel* kernel = library->kernel(entry))
+        return {library.get(), kernel};
     throw std::logic_error("the kernel is of no library of this device");
   }
 
   void load(CudaKernel& kernel) {
     const CudaDriver& driver = cuda_driver();
-    CudaBinary binary = cuda_binary(*kernel.source, kernel.host_name, architecture_);
+    CudaBinary binary = cuda_binary(*kernel.source, kernel.host_name, kernel.definitions, architecture_);
     CudaModule module = nullptr;
     CudaResult result = driver.load_module(&module, binary.image.data());
     if (result && binary.from_cache) { // a damaged file
-      binary = cuda_binary(*kernel.source, kernel.host_name, architecture_, false);
+      binary = cuda_binary(*kernel.source, kernel.host_name, kernel.definitions, architecture_, false);
       result = driver.load_module(&module, binary.image.data());
     }
     int version = 0;
@@ -262,12 +266,23 @@ MTL::Device* cuda_device(int ordinal, NS::Error** error) {
   }
 }
 
-std::string compile_cuda_kernel(const std::string& library, const std::string& kernel, int architecture) {
-  const CudaLibrary kernels(library);
+std::string compile_cuda_kernel(const std::string& library, const std::string& kernel,
+                                const std::map<uint32_t, uint32_t>& constants, int architecture) {
+  CudaLibrary kernels(library);
   const CudaKernel* found = kernels.find(kernel);
   if (!found)
     throw std::runtime_error("kernel '" + kernel + "' is not in the library '" + library + "'");
-  return cuda_binary(*found->source, kernel, architecture).image;
+  std::vector<ConstantValue> values(found->constant_count);
+  size_t known = 0;
+  for (uint32_t i = 0; i < found->constant_count; ++i)
+    if (const auto value = constants.find(found->constants[i].index); value != constants.end()) {
+      values[i] = {value->second, 1};
+      ++known;
+    }
+  if (known != constants.size())
+    throw std::runtime_error("kernel '" + kernel + "' has no function constant of an index given");
+  return cuda_binary(*found->source, kernel, kernels.specialize(*found, values.data())->definitions, architecture)
+      .image;
 }
 
 } // namespace metal_sim

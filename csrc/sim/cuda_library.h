@@ -5,15 +5,19 @@
 #include "cuda_compiler.h"
 #include "kernel_library.h"
 
+#include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace metal_sim {
 
-/// One kernel. Its entry is null; `max_total_threads_per_threadgroup` is known once it is compiled.
+/// One kernel, for one set of values of its function constants. Its entry is null;
+/// `max_total_threads_per_threadgroup` is known once it is compiled.
 struct CudaKernel : Kernel {
   std::string host_name;
+  std::vector<std::string> definitions; // options of the compiler for the constants that have values
   std::vector<std::string> argument_names;
   std::vector<KernelArgument> argument_table;
   std::vector<bool> by_value;      // by argument: a constant that travels with the launch
@@ -29,16 +33,26 @@ public:
   explicit CudaLibrary(const std::string& path);
 
   const KernelLibrary& table() const { return table_; }
-  /// The kernel behind an entry of the table, to be compiled.
-  CudaKernel& kernel(const Kernel& entry);
+  /// The kernel behind an entry of the table, or one that specialize() gave, to be compiled; null where it is not of
+  /// this library.
+  CudaKernel* kernel(const Kernel& entry);
+  /// A kernel of the table with values of its function constants: the same one for the same values. Kept for ever.
+  const CudaKernel* specialize(const CudaKernel& kernel, const ConstantValue* values);
   /// Null where there is none of that name.
   const CudaKernel* find(const std::string& name) const;
 
 private:
-  void read(std::unique_ptr<CudaSource> source);
+  struct Source {
+    CudaSource text;
+    std::vector<KernelConstant> constants;
+    std::vector<std::unique_ptr<const std::string>> constant_names;
+  };
 
-  std::vector<std::unique_ptr<CudaSource>> sources_;
+  void read(std::unique_ptr<Source> source);
+
+  std::vector<std::unique_ptr<Source>> sources_;
   std::vector<std::unique_ptr<CudaKernel>> kernels_;
+  std::map<std::pair<const Kernel*, std::vector<std::string>>, std::unique_ptr<CudaKernel>> specialized_;
   std::vector<const Kernel*> pointers_;
   KernelLibrary table_{};
 };

@@ -2,13 +2,15 @@
 
 It begins with what the engine must know before it compiles anything, one comment line each:
 
+    //! constant INDEX TYPE required|optional NAME    a function constant, of every kernel; TYPE: its MTL::DataType
     //! kernel NAME                    a kernel; the lines up to the next one are its arguments, in order
     //! buffer INDEX read|write ARG    memory of the device, bound with setBuffer
     //! value INDEX read ARG           a constant, bound with setBytes and passed by value
     //! threadgroup INDEX write ARG    threadgroup memory
 
 An entry point is compiled where METAL_SIM_ENTRY_<NAME> or METAL_SIM_ALL_ENTRIES is defined: the engine compiles each
-kernel alone, when it is first used.
+kernel alone, when it is first used. A function constant has the value METAL_SIM_CONSTANT_<INDEX>, 32 bits, where that
+is defined.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from msl_reader import CONTEXT_COORDINATES, CONTEXT_NUMBERS, Instance, Parameter, Source
+from msl_reader import (
+    CONSTANT_TYPES,
+    CONTEXT_COORDINATES,
+    CONTEXT_NUMBERS,
+    FunctionConstant,
+    Instance,
+    Parameter,
+    Source,
+)
 
 MSL = Path(__file__).resolve().parent / "msl"
 INCLUDE = re.compile(r'^\s*#\s*include\s+["<](?P<name>[^">]+)[">]')
@@ -58,6 +68,23 @@ def description(instance: Instance) -> str:
         access = "read" if read_only else "write"
         lines.append(f"//! {parameter.kind} {parameter.attribute.value} {access} {parameter.name}")
     return "\n".join(lines)
+
+
+def constant_description(constant: FunctionConstant) -> str:
+    need = "required" if constant.required else "optional"
+    return f"//! constant {constant.index} {CONSTANT_TYPES[constant.type]} {need} {constant.name}\n"
+
+
+def constant_default(constant: FunctionConstant) -> str:
+    """What a function constant is where the engine does not define it."""
+    macro = f"METAL_SIM_CONSTANT_{constant.index}"
+    return f"""#ifdef {macro}
+#define {macro}_IS_DEFINED true
+#else
+#define {macro} 0
+#define {macro}_IS_DEFINED false
+#endif
+"""
 
 
 def entry_point(number: int, instance: Instance) -> str:
@@ -102,12 +129,14 @@ def emit(source: Source, name: str) -> str:
     wanted = ["metal_stdlib", *(header for header in source.headers if header.startswith("metal_"))]
     prelude = "\n".join(inline(MSL / header, seen) for header in dict.fromkeys(wanted) if MSL / header not in seen)
     keywords, entry = inline(MSL / "keywords.h", seen), inline(MSL / "entry.h", seen)
-    descriptions = "\n".join(description(instance) for instance in source.instances)
+    descriptions = "".join(constant_description(one) for one in source.constants)
+    descriptions += "\n".join(description(instance) for instance in source.instances)
+    constants = "".join(constant_default(one) for one in source.constants)
     entries = "".join(entry_point(number, instance) for number, instance in enumerate(source.instances))
     return f"""{descriptions}
 // Translated from {name} by translate.py.
 {prelude}
-{keywords}
+{constants}{keywords}
 namespace metal_sim_kernels {{
 {source.body}
 }} // namespace metal_sim_kernels

@@ -50,6 +50,12 @@ public:
     (void)path;
     return nullptr;
   }
+  /// `kernel` for the values of its function constants. Where it is compiled before there are values it is the same for
+  /// all, and dispatches bring them.
+  virtual const Kernel* specialize(const Kernel& kernel, const ConstantValue* values) {
+    (void)values;
+    return &kernel;
+  }
   /// Makes `kernel` ready to run, its largest threadgroup known. Returns "", or what went wrong.
   virtual std::string prepare(const Kernel& kernel) {
     (void)kernel;

@@ -11,7 +11,7 @@
 
 namespace metal_sim {
 
-constexpr uint32_t KERNEL_LIBRARY_ABI = 1;
+constexpr uint32_t KERNEL_LIBRARY_ABI = 2;
 constexpr uint32_t MAX_BUFFERS = 31; // Metal's limit of buffer indices
 constexpr uint32_t MAX_THREADGROUP_ARGUMENTS = 31;
 
@@ -31,10 +31,17 @@ struct ThreadContext {
   uint32_t simdgroups_per_threadgroup;
 };
 
+/// What a pipeline sets a function constant to: the bits of its type, the others 0.
+struct ConstantValue {
+  uint32_t bits;
+  uint32_t defined;
+};
+
 /// Bound memory by index: `buffers[i]` already includes the offset it was bound with.
 struct KernelArguments {
   void* buffers[MAX_BUFFERS];
   void* threadgroup[MAX_THREADGROUP_ARGUMENTS];
+  const ConstantValue* constants; // in order of the kernel's list; null where that is empty
 };
 
 enum class ArgumentKind : uint32_t { Buffer, Threadgroup };
@@ -47,12 +54,22 @@ struct KernelArgument {
   const char* name;
 };
 
+/// A [[function_constant(index)]] of the kernel's source.
+struct KernelConstant {
+  uint32_t index;
+  uint32_t type;     // number of its MTL::DataType
+  uint32_t required; // read where is_function_constant_defined() does not guard it
+  const char* name;
+};
+
 struct Kernel {
   const char* name;
   void (*entry)(const KernelArguments&, const ThreadContext&); // runs one thread
   const KernelArgument* arguments;
   uint32_t argument_count;
   uint32_t max_total_threads_per_threadgroup; // from the attribute, else 1024
+  const KernelConstant* constants;
+  uint32_t constant_count;
 };
 
 /// Which memory a barrier orders: the bits of MSL's mem_flags.

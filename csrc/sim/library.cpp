@@ -4,6 +4,7 @@
 #include "processor.h"
 
 #include <algorithm>
+#include <cstring>
 #include <dlfcn.h>
 #include <filesystem>
 #include <mutex>
@@ -141,6 +142,12 @@ MTL::ComputePipelineState* new_pipeline(MTL::Device* device, const MTL::Function
                   "' belongs to another device");
     return nullptr;
   }
+  if (function->constants.size() != function->kernel->constant_count) {
+    set_error(error, LIBRARY_ERROR_DOMAIN, MTL::LibraryErrorUnsupported,
+              std::string("newComputePipelineState: function '") + function->kernel->name +
+                  "' has function constants: make it by newFunction with constant values");
+    return nullptr;
+  }
   try {
     if (const std::string failure = function->library->device->engine.prepare(*function->kernel); !failure.empty())
       throw std::runtime_error(failure);
@@ -156,10 +163,49 @@ MTL::ComputePipelineState* new_pipeline(MTL::Device* device, const MTL::Function
                   ", the most there is " + std::to_string(MAX_THREADS_PER_THREADGROUP));
     return nullptr;
   }
-  auto* pipeline = new PipelineObject(function->library, function->kernel, descriptor ? descriptor->max_threads : 0);
+  auto* pipeline = new PipelineObject(*function, descriptor ? descriptor->max_threads : 0);
   if (descriptor && descriptor->label.get())
     pipeline->label.set(descriptor->label.get());
   return pipeline;
+}
+
+/// Bytes of a function constant of a type; 0: not one of those that kernels may have here.
+size_t constant_bytes(MTL::DataType type) {
+  switch (type) {
+  case MTL::DataTypeBool:
+  case MTL::DataTypeChar:
+  case MTL::DataTypeUChar:
+    return 1;
+  case MTL::DataTypeShort:
+  case MTL::DataTypeUShort:
+    return 2;
+  case MTL::DataTypeInt:
+  case MTL::DataTypeUInt:
+  case MTL::DataTypeFloat:
+    return 4;
+  default:
+    return 0;
+  }
+}
+
+/// The values that a kernel takes of `given`. std::runtime_error where one is missing or of another type.
+Constants constants_of(const Kernel& kernel, const ConstantValuesObject& given) {
+  Constants constants;
+  for (uint32_t i = 0; i < kernel.constant_count; ++i) {
+    const KernelConstant& constant = kernel.constants[i];
+    const auto describe = [&] {
+      return std::string("function '") + kernel.name + "': function constant '" + constant.name + "' (index " +
+             std::to_string(constant.index) + ")";
+    };
+    const auto found = given.values.find(constant.index);
+    if (found == given.values.end() && constant.required)
+      throw std::runtime_error(describe() + " has no value");
+    if (found != given.values.end() && found->second.type != constant.type)
+      throw std::runtime_error(describe() + " has type " + std::to_string(constant.type) +
+                               " (MTLDataType), the value given has type " + std::to_string(found->second.type));
+    constants.push_back(found == given.values.end() ? ConstantValue{0, 0} : ConstantValue{found->second.bits, 1});
+  }
+  return constants;
 }
 
 } // namespace
@@ -205,7 +251,43 @@ NS::Array* Library::functionNames() const {
 Function* Library::newFunction(const NS::String* functionName) {
   auto* library = static_cast<LibraryObject*>(this);
   const auto found = library->by_name.find(text_of(functionName));
-  return found == library->by_name.end() ? nullptr : new FunctionObject(NS::RetainPtr(library), found->second);
+  return found == library->by_name.end() ? nullptr : new FunctionObject(NS::RetainPtr(library), found->second, {});
+}
+
+Function* Library::newFunction(const NS::String* name, const FunctionConstantValues* constantValues,
+                               NS::Error** error) {
+  auto* library = static_cast<LibraryObject*>(this);
+  const auto found = library->by_name.find(text_of(name));
+  if (found == library->by_name.end()) {
+    set_error(error, LIBRARY_ERROR_DOMAIN, LibraryErrorFunctionNotFound,
+              "function '" + std::string(text_of(name)) + "' is not in the library");
+    return nullptr;
+  }
+  const Kernel& kernel = *found->second;
+  try {
+    Constants constants = constants_of(kernel, static_cast<const ConstantValuesObject&>(*constantValues));
+    const Kernel* specialized =
+        constants.empty() ? &kernel : library->device->engine.specialize(kernel, constants.data());
+    return new FunctionObject(NS::RetainPtr(library), specialized, std::move(constants));
+  } catch (const std::runtime_error& failure) {
+    set_error(error, LIBRARY_ERROR_DOMAIN, LibraryErrorCompileFailure, failure.what());
+    return nullptr;
+  }
+}
+
+FunctionConstantValues* FunctionConstantValues::alloc() { return new ConstantValuesObject; }
+FunctionConstantValues* FunctionConstantValues::init() { return this; }
+void FunctionConstantValues::reset() { static_cast<ConstantValuesObject*>(this)->values.clear(); }
+void FunctionConstantValues::setConstantValue(const void* value, DataType type, NS::UInteger index) {
+  const size_t bytes = constant_bytes(type);
+  if (!value || bytes == 0)
+    throw std::logic_error("FunctionConstantValues::setConstantValue: " +
+                           (value ? "type " + std::to_string(type) + " at index " + std::to_string(index) +
+                                        " is no scalar that the stand-in knows"
+                                  : "the value for index " + std::to_string(index) + " is null"));
+  uint32_t bits = 0;
+  std::memcpy(&bits, value, bytes);
+  static_cast<ConstantValuesObject*>(this)->values[index] = {type, bits};
 }
 
 Device* Function::device() const { return impl(this)->library->device; }

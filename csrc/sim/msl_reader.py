@@ -35,6 +35,10 @@ CONTEXT_NUMBERS = {
 # Attributes that mean the same to a C++ compiler, and stay.
 KEPT_ATTRIBUTES = {"maybe_unused", "nodiscard", "fallthrough", "likely", "unlikely", "noreturn", "deprecated"}
 MAX_ARGUMENT_INDEX = {"buffer": 30, "threadgroup": 30}
+# Types that function constants may have here -> number of their MTL::DataType.
+CONSTANT_TYPES = {"float": 3, "int": 29, "uint": 33, "short": 37, "ushort": 41, "char": 45, "uchar": 49, "bool": 53}
+MAX_CONSTANT_INDEX = 65535
+IS_DEFINED = "is_function_constant_defined"
 DEFAULT_MAX_THREADS = "1024"
 # g++ has no "unroll fully": it does for loops of at most as many rounds as it is told.
 GCC_FULL_UNROLL = 16
@@ -128,6 +132,17 @@ class Kernel:
 
 
 @dataclass
+class FunctionConstant:
+    """A program-scope constant that pipelines set."""
+
+    name: str
+    type: str
+    index: int
+    required: bool = False
+    """Whether it is read anywhere but in `is_function_constant_defined(name) ? name : ...`."""
+
+
+@dataclass
 class Instance:
     """A kernel as the library lists it: host name, and the C++ expression that names the function."""
 
@@ -143,6 +158,7 @@ class Source:
     body: str
     headers: list[str]
     instances: list[Instance] = field(default_factory=list)
+    constants: list[FunctionConstant] = field(default_factory=list)
 
 
 def directive(text: str, target: Target) -> str:
@@ -281,6 +297,8 @@ class Reader:
         self.headers = headers
         self.kernels: dict[str, Kernel] = {}
         self.instances: list[Instance] = []
+        self.constants: dict[str, FunctionConstant] = {}
+        self.derived: set[str] = set()  # constants whose values follow from those
         self.end = -1  # index of the last token of the previous declaration
 
     def run(self) -> Source:
@@ -311,7 +329,7 @@ class Reader:
         if declaration:
             raise self.tokens[declaration[0]].fail("the declaration that begins here has no end")
         body = "".join(token.text for token in self.tokens)
-        return Source(body, self.headers, self.instances)
+        return Source(body, self.headers, self.instances, list(self.constants.values()))
 
     def closing(self, code: list[int], place: int) -> int:
         """Place in `code` of the bracket that closes the one at `place`."""
@@ -417,11 +435,62 @@ class Reader:
             return
         if is_kernel:
             self.kernel(indices, tokens, own, attributes)
+            self.read_constants(tokens)
+            return
+        if len(own) == 1 and own[0].name == "function_constant":
+            self.function_constant(tokens, own[0])
             return
         for one in own:
-            if one.name == "function_constant":
-                raise one.token.fail("function constants are not supported")
             raise one.token.fail(f"attribute '{one.name}' is not supported here")
+        if tokens[0].text == "constant" and any(token.text in {*self.constants, *self.derived} for token in tokens):
+            self.derived_constant(tokens)
+        self.read_constants(tokens)
+
+    def function_constant(self, tokens: list[Token], attribute: Attribute) -> None:
+        """`constant uint name [[function_constant(index)]];`, which becomes a macro of function_constants.h."""
+        words = [token.text for token in tokens]
+        if len(words) != 4 or words[0] != "constant" or words[3] != ";" or words[1] not in CONSTANT_TYPES:
+            known = ", ".join(CONSTANT_TYPES)
+            raise attribute.token.fail(
+                f"expected 'constant TYPE name [[function_constant(index)]];' with one of the types {known}"
+            )
+        type_name, name = words[1:3]
+        if not attribute.value.isdigit() or int(attribute.value) > MAX_CONSTANT_INDEX:
+            raise attribute.token.fail(
+                f"the index of function constant '{name}' is '{attribute.value}'; it must be 0..{MAX_CONSTANT_INDEX}"
+            )
+        index = int(attribute.value)
+        for other in self.constants.values():
+            if other.index == index:
+                raise attribute.token.fail(f"function_constant({index}) is both '{other.name}' and '{name}'")
+        tokens[0].text = "METAL_SIM_FUNCTION_CONSTANT("
+        tokens[2].text = f", {name}"
+        tokens[3].text = f", {len(self.constants)}, {index})"
+        self.constants[name] = FunctionConstant(name, type_name, index)
+
+    def derived_constant(self, tokens: list[Token]) -> None:
+        """`constant uint name = ...;` of function constants: computed for each pipeline too."""
+        words = [token.text for token in tokens]
+        if len(words) < 6 or words[3] != "=" or words[1] not in CONSTANT_TYPES:
+            raise tokens[0].fail(
+                "a constant made of function constants must be declared as 'constant TYPE name = value;' with one of "
+                f"the types {', '.join(CONSTANT_TYPES)}"
+            )
+        self.derived.add(words[2])
+        self.read_constants(tokens)
+        tokens[0].text = "METAL_SIM_DERIVED_CONSTANT("
+        tokens[2].text = f", {words[2]}"
+        tokens[3].text = ","
+        tokens[-1].text = ")"
+
+    def read_constants(self, tokens: list[Token]) -> None:
+        """Marks function constants that a declaration reads without asking whether they are defined."""
+        words = [token.text for token in tokens]
+        for place, word in enumerate(words):
+            if word not in self.constants or words[max(0, place - 2) : place] == [IS_DEFINED, "("]:
+                continue
+            if words[max(0, place - 5) : place] != [IS_DEFINED, "(", word, ")", "?"]:
+                self.constants[word].required = True
 
     def kernel(
         self, indices: list[int], tokens: list[Token], own: list[Attribute], attributes: dict[int, list[Attribute]]

@@ -16,6 +16,7 @@ void run_threadgroups(const void* context, uint32_t first, uint32_t last) {
   const Dispatch& dispatch = *static_cast<const Dispatch*>(context);
   const Kernel& kernel = *dispatch.kernel;
   KernelArguments arguments;
+  arguments.constants = dispatch.arguments.constants;
   uint32_t used = 0;
   for (uint32_t i = 0; i < kernel.argument_count; ++i) {
     const KernelArgument& argument = kernel.arguments[i];

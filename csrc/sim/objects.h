@@ -7,9 +7,11 @@
 #include "kernel_library.h"
 
 #include <atomic>
+#include <map>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <vector>
 
 namespace metal_sim {
 
@@ -68,12 +70,27 @@ public:
 /// and an error where that fails.
 LibraryObject* load_library(DeviceObject* device, const std::string& path, NS::Error** error);
 
+/// Values of function constants, by index.
+class ConstantValuesObject final : public MTL::FunctionConstantValues {
+public:
+  struct Value {
+    MTL::DataType type;
+    uint32_t bits;
+  };
+  std::map<NS::UInteger, Value> values;
+};
+
+/// Values in order of a kernel's list. Without any, of a kernel that has constants: made without values.
+using Constants = std::vector<ConstantValue>;
+
 class FunctionObject final : public MTL::Function {
 public:
-  FunctionObject(NS::SharedPtr<LibraryObject> library, const Kernel* kernel) : library(library), kernel(kernel) {}
+  FunctionObject(NS::SharedPtr<LibraryObject> library, const Kernel* kernel, Constants constants)
+      : library(library), kernel(kernel), constants(std::move(constants)) {}
 
   const NS::SharedPtr<LibraryObject> library;
   const Kernel* const kernel;
+  const Constants constants;
   Label label;
 };
 
@@ -87,11 +104,13 @@ public:
 class PipelineObject final : public MTL::ComputePipelineState {
 public:
   /// `max_threads`: the descriptor's limit per threadgroup; 0: none of its own.
-  PipelineObject(NS::SharedPtr<LibraryObject> library, const Kernel* kernel, NS::UInteger max_threads)
-      : library(library), kernel(kernel), simd_width(library->kernels->simd_width), max_threads(max_threads) {}
+  PipelineObject(const FunctionObject& function, NS::UInteger max_threads)
+      : library(function.library), kernel(function.kernel), constants(function.constants),
+        simd_width(library->kernels->simd_width), max_threads(max_threads) {}
 
   const NS::SharedPtr<LibraryObject> library;
   const Kernel* const kernel;
+  const Constants constants;
   const uint32_t simd_width;
   const NS::UInteger max_threads;
   mutable std::atomic<uint32_t> cost{0}; // see Dispatch

@@ -24,9 +24,11 @@ from pathlib import Path
 
 import cuda_source
 from msl_reader import (
+    CONSTANT_TYPES,
     CONTEXT_COORDINATES,
     CONTEXT_NUMBERS,
     SCAN,
+    FunctionConstant,
     Instance,
     Source,
     Target,
@@ -48,8 +50,17 @@ LEVEL_FLAGS = {
 }
 
 
-def entry_point(number: int, instance: Instance) -> str:
-    """C++ of one kernel's entry point, argument table and registration."""
+def constant_table(constants: list[FunctionConstant]) -> str:
+    """C++ of the list of a source's function constants, which all its kernels have."""
+    lines = [
+        f'    {{{one.index}, {CONSTANT_TYPES[one.type]}, {int(one.required)}, "{one.name}"}},\n' for one in constants
+    ]
+    table = f"const metal_sim::KernelConstant constant_table[] = {{\n{''.join(lines)}}};"
+    return f"\nnamespace {{\n{table}\n}} // namespace\n" if constants else ""
+
+
+def entry_point(number: int, instance: Instance, constants: int) -> str:
+    """C++ of one kernel's entry point, argument table and registration. `constants`: how many its source has."""
     call, table = [], []
     for place, parameter in enumerate(instance.kernel.parameters):
         attribute = parameter.attribute
@@ -66,6 +77,8 @@ def entry_point(number: int, instance: Instance) -> str:
                 f'"{parameter.name}"),\n'
             )
     arguments = ",\n                ".join(call)
+    values = "  metal_sim::constant_values = arguments.constants;\n" if constants else ""
+    constant_list = "constant_table" if constants else "nullptr"
     listing, count = "nullptr", len(table)
     declared = ""
     if table:
@@ -77,17 +90,20 @@ using Parameters{number} = metal_sim::Parameters<decltype(&{instance.function})>
 METAL_SIM_UNCHECKED void entry{number}([[maybe_unused]] const metal_sim::KernelArguments& arguments,
                                        [[maybe_unused]] const metal_sim::ThreadContext& context) {{
   using P [[maybe_unused]] = Parameters{number};
-  {instance.function}({arguments});
+{values}  {instance.function}({arguments});
 }}
 {declared}}} // namespace
-METAL_SIM_KERNEL({instance.host_name}, entry{number}, {listing}, {count}, {instance.kernel.max_threads})
+METAL_SIM_KERNEL({instance.host_name}, entry{number}, {listing}, {count}, {instance.kernel.max_threads},
+                 {constant_list}, {constants})
 """
 
 
 def emit(source: Source, path: str, output: str) -> str:
     """The C++ translation unit."""
     includes = "".join(f"#include <{name}>\n" for name in source.headers if name.startswith("metal_"))
-    entries = "".join(entry_point(number, instance) for number, instance in enumerate(source.instances))
+    count = len(source.constants)
+    entries = constant_table(source.constants)
+    entries += "".join(entry_point(number, instance, count) for number, instance in enumerate(source.instances))
     return f"""// Translated from {path} by translate.py.
 #include <metal_stdlib>
 {includes}#include <keywords.h>

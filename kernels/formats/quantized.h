@@ -15,6 +15,7 @@
 #pragma once
 #include "../tiles/rows.h"
 #include "expert_matrix.h"
+#include "specialized.h"
 
 /// ExpertMatrix::format.
 enum WeightFormat : uint { FORMAT_AFFINE = 1, FORMAT_MXFP4 = 2, FORMAT_MXFP8 = 3, FORMAT_NVFP4 = 4 };
@@ -46,9 +47,26 @@ struct QuantizedMatrix {
   device const uchar* row_biases(uint row) thread const { return biases + ulong(row) * scales_stride; }
 };
 
-/// Of `expert` in a part's buffers, which begin at multiples of 16 bytes.
+constexpr uint group_shift(uint group_size) {
+  return uint(group_size >= 2 * RUN_ELEMENTS) + uint(group_size >= 4 * RUN_ELEMENTS);
+}
+
+/// Takes from `code` (see matrix_code.h; 0: none) what it tells of a matrix, which says the same: constants where the
+/// kernel is compiled for it.
+inline void specialize(thread QuantizedMatrix& matrix, uint code) {
+  if (code == 0)
+    return;
+  matrix.format = code_format(code);
+  matrix.bits = code_half_bits(code) / 2;
+  matrix.group_shift = group_shift(code_group_size(code));
+  matrix.scale_type = code_scale_type(code);
+  if (code_aligned(code))
+    matrix.aligned = true;
+}
+
+/// Of `expert` in a part's buffers, which begin at multiples of 16 bytes; `code`: of the part, or 0.
 inline QuantizedMatrix expert_matrix(device const uchar* codes, device const uchar* scales, device const uchar* biases,
-                                     device const ExpertMatrix* table, uint expert) {
+                                     device const ExpertMatrix* table, uint expert, uint code) {
   const ExpertMatrix record = table[expert];
   QuantizedMatrix matrix;
   matrix.codes = codes + record.codes;
@@ -58,9 +76,10 @@ inline QuantizedMatrix expert_matrix(device const uchar* codes, device const uch
   matrix.scales_stride = record.scales_stride;
   matrix.format = record.format;
   matrix.bits = record.half_bits / 2;
-  matrix.group_shift = (record.group_size >= 2 * RUN_ELEMENTS) + (record.group_size >= 4 * RUN_ELEMENTS);
+  matrix.group_shift = group_shift(record.group_size);
   matrix.scale_type = record.scale_type;
   matrix.aligned = (uint(record.codes) | record.codes_stride) % sizeof(Vector16<uint>) == 0;
+  specialize(matrix, code);
   return matrix;
 }
 

@@ -27,7 +27,8 @@ inline void down_quantized_pieces(device const T* h, device const uchar* codes, 
     if (expert == NO_EXPERT)
       continue;
     const float weight = down_weight(weights, weights, args, token, slot);
-    const QuantizedRows<N> w{expert_matrix(codes, scales, biases, table, expert), column, args.hidden - 1};
+    const QuantizedRows<N> w{expert_matrix(codes, scales, biases, table, expert, FIRST_MATRIX), column,
+                             args.hidden - 1};
     Rows<T, 1> x;
     x.row[0] = h + (ulong(token) * args.top_k + slot) * args.h_row_stride;
     float sum[N][1];
@@ -120,7 +121,7 @@ down_quantized_prefill4(device const T* h [[buffer(0)]], device const uchar* cod
   if (tile.rows == 0)
     return;
   using Block = DownQuantizedBlock<T>;
-  const QuantizedMatrix matrix = expert_matrix(codes, scales, biases, table, tile.expert);
+  const QuantizedMatrix matrix = expert_matrix(codes, scales, biases, table, tile.expert, FIRST_MATRIX);
   const SortedRows<T> rows{h + ulong(tile.first_row) * args.h_row_stride, args.h_row_stride};
   device const T* b = args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
   device float* to = y + ulong(tile.first_row) * args.out_row_stride;
@@ -147,7 +148,7 @@ down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [
   const uint first_column = group.y * Tile::COLUMNS;
 
   QuantizedStager<T, 1, Tile::COLUMNS, Tile::K_TILE, typename Tile::Layout> weights;
-  weights.matrices[0] = expert_matrix(codes, scales, biases, table, tile.expert);
+  weights.matrices[0] = expert_matrix(codes, scales, biases, table, tile.expert, FIRST_MATRIX);
   weights.first_column = first_column;
   weights.columns = args.hidden;
   weights.thread_index = simdgroup * SIMD_WIDTH + lane;

@@ -13,7 +13,9 @@ struct GateUpPart {
   device const uchar* biases;
   device const ExpertMatrix* table;
 
-  QuantizedMatrix of(uint expert) thread const { return expert_matrix(codes, scales, biases, table, expert); }
+  QuantizedMatrix of(uint expert, uint code) thread const {
+    return expert_matrix(codes, scales, biases, table, expert, code);
+  }
 };
 
 /// Columns column .. column + R - 1 of h, in the GEMV families: first gate, then up.
@@ -70,10 +72,10 @@ inline void gate_up_quantized_gemv(thread const Source& rows, uint count, thread
                                    thread const GateUpPart& up, device const T* bias, uint expert, device T* h,
                                    uint first_column, constant ExpertsArgs& args, uint simdgroup, uint lane) {
   using Block = GateUpQuantizedBlock<MAX_ROWS, T, GATED, Source>;
-  const QuantizedMatrix gate_matrix = gate.of(expert);
+  const QuantizedMatrix gate_matrix = gate.of(expert, FIRST_MATRIX);
   QuantizedMatrix up_matrix = gate_matrix;
   if (GATED)
-    up_matrix = up.of(expert);
+    up_matrix = up.of(expert, SECOND_MATRIX);
   device const T* b = args.has_bias ? bias + ulong(expert) * (GATED ? 2 : 1) * args.intermediate : nullptr;
   const uint end = min(first_column + QUANTIZED_THREADGROUP_COLUMNS, args.intermediate);
   const Block block{rows, h, b, count, end, lane, gate_matrix, up_matrix, args};
@@ -146,10 +148,10 @@ gate_up_quantized_gemm(device const T* x [[buffer(0)]], device const uchar* gate
 
   QuantizedStager<T, MATRICES, Tile::COLUMNS, Tile::K_TILE, typename Tile::Layout> weights;
   const GateUpPart gate{gate_codes, gate_scales, gate_biases, gate_table};
-  weights.matrices[0] = gate.of(tile.expert);
+  weights.matrices[0] = gate.of(tile.expert, FIRST_MATRIX);
   if (GATED) {
     const GateUpPart up{up_codes, up_scales, up_biases, up_table};
-    weights.matrices[MATRICES - 1] = up.of(tile.expert);
+    weights.matrices[MATRICES - 1] = up.of(tile.expert, SECOND_MATRIX);
   }
   weights.first_column = first_column;
   weights.columns = args.intermediate;

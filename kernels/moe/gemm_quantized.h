@@ -97,13 +97,21 @@ struct QuantizedStager {
 private:
   uint place(uint pass) thread const { return thread_index + pass * THREADS; }
 
+  /// Of a staged row. A place chosen at run time is in memory, where what the kernel was compiled for is forgotten.
+  QuantizedMatrix matrix_of(uint row) thread const {
+    QuantizedMatrix matrix = matrices[row / COLUMNS];
+    specialize(matrix, row < COLUMNS ? FIRST_MATRIX : SECOND_MATRIX);
+    return matrix;
+  }
+
   void load_run(uint run, uint k0, uint K, thread PackedRun& to) thread const {
     const uint row = run / ROW_RUNS, k = k0 + run % ROW_RUNS * RUN_ELEMENTS;
     if (run >= RUNS || k >= K)
       return;
     // Past the last column the last one again (its products are not stored).
-    const PackRun pack{matrices[row / COLUMNS], min(first_column + row % COLUMNS, columns - 1), k / RUN_ELEMENTS, to};
-    with_decoder(pack.matrix, pack);
+    const QuantizedMatrix matrix = matrix_of(row);
+    const PackRun pack{matrix, min(first_column + row % COLUMNS, columns - 1), k / RUN_ELEMENTS, to};
+    with_decoder(matrix, pack);
   }
 
   void store_run(uint run, uint k0, uint K, threadgroup T* tile, thread const PackedRun& from) thread const {
@@ -112,7 +120,8 @@ private:
       return;
     if (k0 + k < K) {
       const DecodeRun<T, Layout> decode{from, tile, row, k};
-      with_decoder(matrices[row / COLUMNS], decode);
+      const QuantizedMatrix matrix = matrix_of(row);
+      with_decoder(matrix, decode);
       return;
     }
     for (uint e = 0; e < RUN_ELEMENTS; e += Vector16<T>::COUNT)

@@ -12,6 +12,7 @@
 //
 // Bytes: half_bits / 16 per weight of the experts in use, read once per row tile.
 #include "../formats/expert_matrix.h"
+#include "../formats/specialized.h"
 #include "../tiles/scalar.h"
 #include "group.h"
 #include "trellis_product.h"
@@ -136,13 +137,14 @@ struct TrellisProduct {
 };
 
 template <uint R>
-inline void trellis_product(device const uchar* codes, device const ExpertMatrix* table, uint expert, uint column,
-                            thread TrellisProduct<R>& product) {
+inline void trellis_product(device const uchar* codes, device const ExpertMatrix* table, uint code, uint expert,
+                            uint column, thread TrellisProduct<R>& product) {
   const ExpertMatrix record = table[expert];
+  const uint half_bits = code ? code_half_bits(code) : record.half_bits;
   product.row_stride = record.codes_stride / 4;
   product.codes = reinterpret_cast<device const uint*>(codes + record.codes) +
-                  column / TRELLIS_TILE * (trellis_tile_bytes(record.half_bits) / 4);
-  with_trellis_code(record.half_bits, record.codebook, product);
+                  column / TRELLIS_TILE * (trellis_tile_bytes(half_bits) / 4);
+  with_trellis_code(half_bits, code ? code_codebook(code) : record.codebook, product);
 }
 
 [[kernel, max_total_threads_per_threadgroup(THREADS)]]
@@ -172,8 +174,8 @@ void trellis_product_m1(device const float* x [[buffer(0)]], device const uchar*
   product.thread_index = thread_index;
   product.simdgroup = simdgroup;
   product.lane = lane;
-  trellis_product(matrix == 0 ? first_codes : second_codes, matrix == 0 ? first_table : second_table, expert, column,
-                  product);
+  trellis_product(matrix == 0 ? first_codes : second_codes, matrix == 0 ? first_table : second_table,
+                  matrix == 0 ? FIRST_MATRIX : SECOND_MATRIX, expert, column, product);
 }
 
 [[kernel, max_total_threads_per_threadgroup(THREADS)]]
@@ -205,6 +207,6 @@ void trellis_product_m4(device const float* x [[buffer(0)]], device const uchar*
   product.thread_index = thread_index;
   product.simdgroup = simdgroup;
   product.lane = lane;
-  trellis_product(matrix == 0 ? first_codes : second_codes, matrix == 0 ? first_table : second_table, tile.expert,
-                  column, product);
+  trellis_product(matrix == 0 ? first_codes : second_codes, matrix == 0 ? first_table : second_table,
+                  matrix == 0 ? FIRST_MATRIX : SECOND_MATRIX, tile.expert, column, product);
 }

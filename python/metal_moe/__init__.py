@@ -29,6 +29,7 @@ from .device import (  # noqa: E402 (the library's path comes first)
     select_moe_kernel,
     set_exact_seed,
     set_num_threads,
+    set_specialization,
 )
 from .experts import fused_experts, fused_moe, gather_experts  # noqa: E402
 from .formats import QuantizedExperts  # noqa: E402
@@ -65,4 +66,5 @@ __all__ = [
     "select_moe_kernel",
     "set_exact_seed",
     "set_num_threads",
+    "set_specialization",
 ]

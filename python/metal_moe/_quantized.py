@@ -12,12 +12,15 @@ from torch import Tensor
 from . import _core
 from ._validate import wrong_type, wrong_value
 from .formats import QuantizedExperts
+from .formats.layout import ALIGNMENT
 from .formats.part import Part
 
 # Formats that the kernels decode (kernels/formats/decoders.h), in any mix with each other and with dense weights.
 KERNEL_FORMATS = ("affine", "mxfp4", "mxfp8", "nvfp4")
 # Weights of rotated activations: kernels of their own (kernels/moe/rotate.metal), for w1 and w2 alike.
 TRELLIS = "trellis"
+# Of a record: what a kernel may be compiled for, in the order that `_core.matrix_code` takes.
+_CODE_FIELDS = ("format", "half_bits", "group_size", "codebook", "scale_type")
 _SHARED = ("shared_w1", "shared_w2", "shared_weights")
 
 
@@ -68,13 +71,13 @@ def _call_quantized(op, quantized, hidden_states, w1, w2, *args, **kwargs) -> Te
         if kwargs.get("kernel") is not None:
             wrong_value(op, "kernel", kwargs["kernel"], "None with trellis weights, which have kernels of their own")
         kwargs["trellis"] = True
-    return quantized(
-        hidden_states,
+    flat = (
         *_flat(op, "w1", w1, gated, interleaved is True, trellis),
         *_flat(op, "w2", w2, False, False, trellis),
-        *args,
-        **kwargs,
     )
+    codes = [*_codes(w1, gated, interleaved is True), *_codes(w2, False, False)]
+    kwargs["codes"] = codes if gated else [codes[0], 0, codes[1]]
+    return quantized(hidden_states, *flat, *args, **kwargs)
 
 
 def _has_trellis(weights: QuantizedExperts | Tensor) -> bool:
@@ -103,7 +106,23 @@ def _flat(
             _check_formats(op, name, part, (TRELLIS,) if trellis else KERNEL_FORMATS)
         cached = [tensor for part in parts for tensor in (part.codes, part.scales, part.biases, part.table)]
         weights.kernel_buffers[pair, interleaved] = cached
+        weights.kernel_codes[pair, interleaved] = [_matrix_code(part) for part in parts]
     return cached, list(weights.shape)
+
+
+def _codes(weights: QuantizedExperts | Tensor, pair: bool, interleaved: bool) -> list[int]:
+    """How the parts that `_flat` gave are stored, for kernels that are compiled for it; 0: not all experts alike."""
+    if isinstance(weights, QuantizedExperts):
+        return weights.kernel_codes[pair, interleaved]
+    return [0, 0] if pair else [0]
+
+
+def _matrix_code(part: Part) -> int:
+    records = part.records
+    if any((records[field] != records[field][0]).any() for field in _CODE_FIELDS):
+        return 0
+    aligned = not ((records["codes"] | records["codes_stride"]) % ALIGNMENT).any()
+    return _core.matrix_code(*(int(records[field][0]) for field in _CODE_FIELDS), aligned)
 
 
 def _check_formats(op: str, name: str, part: Part, known: tuple[str, ...]) -> None:

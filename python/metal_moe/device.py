@@ -19,6 +19,7 @@ __all__ = [
     "select_moe_kernel",
     "set_exact_seed",
     "set_num_threads",
+    "set_specialization",
 ]
 
 
@@ -34,27 +35,34 @@ def select_moe_kernel(
 
     Another device may change families at other batch sizes; `last_dispatch()` says which one ran.
 
-    | tokens | family | tile_n |
-    | --- | --- | --- |
-    | 0, 1 | moe_decode | 64 |
-    | 2 to 16 | moe_prefill4 | 64 |
-    | 17 to 32 | moe_base | 64 |
-    | 33 and more | moe_large_batch | 128 |
+    | tokens | family | quantised | tile_n |
+    | --- | --- | --- | --- |
+    | 0, 1 | moe_decode | moe_trellis_swiglu_decode_6_2_3 | 64 |
+    | 2 to 16 | moe_prefill4 | moe_trellis_swiglu_prefill4 | 64 |
+    | 17 to 32 | moe_base | moe_trellis_swiglu | 64 |
+    | 33 and more | moe_large_batch | moe_trellis_swiglu_large_batch | 128 |
+
+    Quantised weights have the names of kernels for trellis weights of these bits in gate, up and down, of which all
+    combinations exist; without one of the three bits the name of decode has none. In decode they have one accumulation,
+    in float32; with `use_fp32_acc` large batches are those of 17 to 32 tokens.
 
     Args:
         batch_size: tokens.
         use_fp32_acc: accumulate in float32; appends "_fp32acc" to the name.
-        gate_bits, up_bits, down_bits: bits of a weight; 16, 32 or None for dense weights, the only ones so far.
+        gate_bits, up_bits, down_bits: bits of a weight; 1 to 8 where it is quantised, 16, 32 or None where dense.
 
     Returns:
-        (name, tile_n). The name can be passed as `kernel=` to `fused_experts` and `fused_moe`.
+        (name, tile_n). The name of dense weights can be passed as `kernel=` to `fused_experts` and `fused_moe`; those
+        of quantised weights stand in `last_dispatch()`, specialization, with format and activation of the layer.
 
     Raises:
-        TypeError: a wrong type. ValueError: batch_size below 0, or bits of a quantised format.
+        TypeError: a wrong type. ValueError: batch_size below 0, or bits that no format has.
 
     Example:
         >>> metal_moe.select_moe_kernel(8, True)
         ('moe_prefill4_fp32acc', 64)
+        >>> metal_moe.select_moe_kernel(1, False, 6, 2, 3)
+        ('moe_trellis_swiglu_decode_6_2_3', 64)
     """
     op = "select_moe_kernel"
     check_int(op, "batch_size", batch_size, 0, MAX_SIZE)
@@ -69,7 +77,9 @@ def kernels(device: str | torch.device = DEFAULT_DEVICE) -> list[dict]:
 
     Returns:
         One dict per kernel: name, family, stage ("gate_up", "down", "route", ...), format ("dense"), dtype,
-        accumulation ("fp32", "fp16"), row_tile and tile_n; what a kernel does not have is "" or 0.
+        accumulation ("fp32", "fp16"), row_tile and tile_n; what a kernel does not have is "" or 0. coded_matrices says
+        for how many matrices the kernel is compiled again where their experts are stored alike (`last_dispatch()`,
+        specialization).
 
     Raises:
         ValueError: an unsupported device. RuntimeError: the kernel library cannot be loaded.
@@ -97,10 +107,24 @@ def last_dispatch() -> dict:
     Returns:
         operation ("fused_moe", ...), engine, family (of the expert kernels, as `select_moe_kernel` names it; "" where
         none ran), kernels (names in order), dispatches, commits (of command buffers), row_tile (rows of one expert per
-        threadgroup), tile_n (columns of a tile, see `select_moe_kernel`) and vectorized (whether rows were aligned for
-        vector loads).
+        threadgroup), tile_n (columns of a tile, see `select_moe_kernel`), vectorized (whether rows were aligned for
+        vector loads) and specialization: what the kernels of quantised experts were compiled for, as in
+        "moe_trellis_swiglu_decode_6_2_3" with the bits of gate, up and down ("any" where experts differ), or "" where
+        they take every format.
     """
     return _core.last_dispatch()
+
+
+def set_specialization(enabled: bool) -> None:
+    """Whether quantised layers whose experts are all stored alike get kernels compiled for just that (the default), or
+    the kernels that serve every format, which give the same results. For comparing the two; METAL_MOE_SPECIALIZE=0 in
+    the environment does the same from the start. Concerns all threads and devices, from their next call.
+
+    Raises:
+        TypeError: not a bool.
+    """
+    check_bool("set_specialization", "enabled", enabled)
+    _core.enable_specialization(enabled)
 
 
 def counters() -> dict:

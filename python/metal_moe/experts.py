@@ -82,11 +82,13 @@ def fused_experts_quantized(
     use_fp32_acc: bool = True,
     kernel: str | None = None,
     trellis: bool = False,
+    codes: list[int] | None = None,
 ) -> Tensor:
     """`fused_experts` with the buffers of quantised weights: what it calls for `QuantizedExperts`.
 
     `w1` and `w2` are the one dense tensor, or codes, scales, biases and table of a part, of gate and then of up for w1.
-    `trellis`: they are trellis codes, all of them.
+    `trellis`: they are trellis codes, all of them. `codes`: how all experts of gate, up and down are stored, each a
+    number of `_core.matrix_code` or 0.
     """
     op = "fused_experts"
     top_k = topk_ids.shape[1] if isinstance(topk_ids, Tensor) and topk_ids.ndim == 2 else 1
@@ -136,6 +138,7 @@ def fused_experts_quantized(
             kernel,
             w2_shape[2],
             trellis,
+            codes,
         )
     return out
 
@@ -167,6 +170,7 @@ def fused_moe_quantized(
     use_fp32_acc: bool = True,
     kernel: str | None = None,
     trellis: bool = False,
+    codes: list[int] | None = None,
 ) -> Tensor:
     """`fused_moe` with the buffers of quantised weights, as `fused_experts_quantized` takes them."""
     op = "fused_moe"
@@ -237,6 +241,7 @@ def fused_moe_quantized(
             kernel,
             w2_shape[2],
             trellis,
+            codes,
         )
     return out
 

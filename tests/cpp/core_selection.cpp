@@ -76,7 +76,7 @@ TEST(Context, ErrorsNameDeviceAndLibrary) {
   } catch (const std::runtime_error& error) {
     EXPECT_NE(std::string(error.what()).find("/nowhere/at.metallib"), std::string::npos) << error.what();
   }
-  EXPECT_THROW(engine("native").context().pipelines().get(KERNELS, "no_such_kernel", 1), std::runtime_error);
+  EXPECT_THROW(engine("native").context().pipelines().get(KERNELS, {"no_such_kernel", 1}), std::runtime_error);
 }
 
 TEST(Selection, FollowsThePublishedTable) {
@@ -91,6 +91,29 @@ TEST(Selection, FollowsThePublishedTable) {
       EXPECT_EQ(got.tile_n, expected.second) << batch_size;
       EXPECT_NO_THROW(parse_family(got.name, true)) << "every name it returns exists";
     }
+}
+
+TEST(Selection, QuantizedWeightsHaveThePublishedNames) {
+  const std::map<int64_t, std::tuple<std::string, std::string, uint32_t, uint32_t>> table = {
+      {0, {"_decode_6_2_3", "_decode_6_2_3", 64, 64}},
+      {1, {"_decode_6_2_3", "_decode_6_2_3", 64, 64}},
+      {2, {"_prefill4", "_prefill4_fp32acc", 64, 64}},
+      {16, {"_prefill4", "_prefill4_fp32acc", 64, 64}},
+      {17, {"", "_fp32acc", 64, 64}},
+      {32, {"", "_fp32acc", 64, 64}},
+      {33, {"_large_batch", "_fp32acc", 128, 64}},
+      {4096, {"_large_batch", "_fp32acc", 128, 64}}};
+  for (const auto& [batch_size, expected] : table) {
+    const auto& [fp16_name, fp32_name, fp16_tile, fp32_tile] = expected;
+    const Selection fp16 = select_moe_kernel(batch_size, false, 6, 2, 3);
+    const Selection fp32 = select_moe_kernel(batch_size, true, 6, 2, 3);
+    EXPECT_EQ(fp16.name, "moe_trellis_swiglu" + fp16_name) << batch_size;
+    EXPECT_EQ(fp32.name, "moe_trellis_swiglu" + fp32_name) << batch_size;
+    EXPECT_EQ(fp16.tile_n, fp16_tile) << batch_size;
+    EXPECT_EQ(fp32.tile_n, fp32_tile) << batch_size;
+  }
+  EXPECT_EQ(select_moe_kernel(1, true, 6, 2, {}).name, "moe_trellis_swiglu_decode");
+  EXPECT_EQ(select_moe_kernel(1, true, 16, 16, 4).name, "moe_trellis_swiglu_decode");
 }
 
 TEST(Selection, RefusesWhatItCannotServe) {

@@ -82,6 +82,9 @@ protected:
 
   bool exact() const { return GetParam().engine == "exact"; }
   uint32_t width() const { return exact() ? 32 : 1; }
+  MTL::Device* device() const { return device_.get(); }
+  MTL::Library* library() const { return library_.get(); }
+  MTL::CommandQueue* queue() const { return queue_.get(); }
 
   /// Runs a kernel; buffer i is `buffers[i]`, threadgroup argument i has `threadgroup[i]` bytes. "" or the error.
   std::string run(const char* name, std::vector<Binding> buffers, MTL::Size groups = {1, 1, 1},

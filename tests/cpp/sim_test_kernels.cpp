@@ -277,7 +277,7 @@ constexpr KernelArgument out_memory[] = {output_0, memory};
 template <uint32_t count>
 constexpr Kernel kernel(const char* name, void (*entry)(const KernelArguments&, const ThreadContext&),
                         const KernelArgument (&arguments)[count], uint32_t max_threads = 1024) {
-  return {name, entry, arguments, count, max_threads};
+  return {name, entry, arguments, count, max_threads, nullptr, 0};
 }
 
 constexpr Kernel table[] = {

@@ -56,6 +56,10 @@ OPENCL = [
 ]
 # A vector of a type that is a template's parameter: see typing_vector in the prelude.
 VECTOR = re.compile(r"\b(?:metal::)?vec<(?P<arguments>(?:[^<>()]|\([^()]*\))*)>(?=\()")
+# A function constant, after the preprocessor: what gives it a value is no part of the source.
+FUNCTION_CONSTANT = re.compile(
+    r"(?:\b__constant|__attribute__\(\(address_space\(2\)\)\) const)(?=\s+\w+\s+\w+\s*\[\[\s*function_constant\b)"
+)
 ATTRIBUTE = re.compile(r"\[\[[^\[\]]*\]\]")
 KERNEL = re.compile(r"\bkernel\b(?=\s+void\b)")
 NUMBER = re.compile(r"(?<![\w.])\.?\d(?:[eEpP][+-]|[\w.'])*")
@@ -169,6 +173,7 @@ def _preprocess(clang: str, options: list[str], source: Path) -> subprocess.Comp
 def as_cxx(text: str) -> str:
     """Preprocessed Metal without attributes, whose names and places C++ does not know all, without the word `kernel`,
     and with C++'s literals: a number without suffix is a float."""
+    text = FUNCTION_CONSTANT.sub(r"extern \g<0>", text)
     text = KERNEL.sub("", ATTRIBUTE.sub(lambda match: "\n" * match[0].count("\n"), text))
     lines = text.split("\n")
     for i, line in enumerate(lines):

@@ -375,6 +375,10 @@ T as_type(U) {
   static_assert(sizeof(T) == sizeof(U), "as_type keeps the bits: sizes must be equal");
 }
 
+/// Whether a pipeline gives the function constant a value.
+template <typename T>
+bool is_function_constant_defined(constant T&);
+
 // From here on: constructors of vectors.
 #define bool2(...) (metal::typing_vector<int, 2>::of(__VA_ARGS__))
 #define bool3(...) (metal::typing_vector<int, 3>::of(__VA_ARGS__))

@@ -107,9 +107,10 @@ METAL_FUNC Size3 threads_per_grid(const ThreadContext& context) {
 
 // The linker gathers these pointers into one array; kernel_table.cpp gives it to the engine. An external name per
 // kernel makes two kernels of one name a link error.
-#define METAL_SIM_KERNEL(NAME, ENTRY, ARGUMENTS, COUNT, MAX_THREADS)                                                   \
+#define METAL_SIM_KERNEL(NAME, ENTRY, ARGUMENTS, COUNT, MAX_THREADS, CONSTANTS, CONSTANT_COUNT)                        \
   extern "C" __attribute__((visibility("hidden"))) const metal_sim::Kernel metal_sim_kernel_##NAME;                    \
-  const metal_sim::Kernel metal_sim_kernel_##NAME = {#NAME, ENTRY, ARGUMENTS, COUNT, MAX_THREADS};                     \
+  const metal_sim::Kernel metal_sim_kernel_##NAME = {#NAME,       ENTRY,     ARGUMENTS,     COUNT,                     \
+                                                     MAX_THREADS, CONSTANTS, CONSTANT_COUNT};                          \
   __attribute__((section("metal_sim_kernels"), used)) static const metal_sim::Kernel* const metal_sim_pointer_##NAME = \
       &metal_sim_kernel_##NAME;
 

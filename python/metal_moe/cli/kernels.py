@@ -9,7 +9,7 @@ from .text import Progress, table
 
 NAME = "kernels"
 HELP = "every compiled kernel"
-_COLUMNS = ("name", "family", "stage", "format", "dtype", "accumulation", "row_tile", "tile_n")
+_COLUMNS = ("name", "family", "stage", "format", "dtype", "accumulation", "row_tile", "tile_n", "coded_matrices")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

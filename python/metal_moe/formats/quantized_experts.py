@@ -42,6 +42,7 @@ class QuantizedExperts:
         self.bias = bias
         # What fused_experts makes of the parts, kept for the next call.
         self.kernel_buffers: dict[tuple[bool, bool], list[Tensor]] = {}
+        self.kernel_codes: dict[tuple[bool, bool], list[int]] = {}
         first = self.parts[names[0]]
         for name, part in self.parts.items():
             if (part.num_experts, part.rows, part.columns) != (first.num_experts, first.rows, first.columns):

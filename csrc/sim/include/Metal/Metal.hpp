@@ -25,6 +25,7 @@ class ComputePipelineState;
 class Device;
 class Event;
 class Function;
+class FunctionConstantValues;
 class Library;
 class SharedEvent;
 
@@ -85,6 +86,18 @@ enum LibraryError : NS::UInteger {
   LibraryErrorFileNotFound = 6,
 };
 
+/// Those of function constants.
+enum DataType : NS::UInteger {
+  DataTypeFloat = 3,
+  DataTypeInt = 29,
+  DataTypeUInt = 33,
+  DataTypeShort = 37,
+  DataTypeUShort = 41,
+  DataTypeChar = 45,
+  DataTypeUChar = 49,
+  DataTypeBool = 53,
+};
+
 using PipelineOption = NS::UInteger;
 enum : PipelineOption { PipelineOptionNone = 0 };
 
@@ -126,6 +139,15 @@ public:
   void setLabel(const NS::String* label);
 };
 
+/// Values of function constants, for newFunction.
+class FunctionConstantValues : public NS::Copying<FunctionConstantValues> {
+public:
+  static FunctionConstantValues* alloc();
+  FunctionConstantValues* init();
+  void reset();
+  void setConstantValue(const void* value, MTL::DataType type, NS::UInteger index);
+};
+
 class Library : public NS::Referencing<Library> {
 public:
   Device* device() const;
@@ -134,6 +156,10 @@ public:
   NS::Array* functionNames() const;
   /// Null where there is no function of that name.
   Function* newFunction(const NS::String* functionName);
+  /// With its function constants set: all those that are read unguarded, in their own types; values of others are
+  /// ignored. A function of a source with function constants makes pipelines only if it comes from here, with however
+  /// few values. (Whether Apple's Metal insists on that is not documented.)
+  Function* newFunction(const NS::String* name, const MTL::FunctionConstantValues* constantValues, NS::Error** error);
 };
 
 class ComputePipelineDescriptor : public NS::Copying<ComputePipelineDescriptor> {

@@ -4,6 +4,7 @@
 #include "Metal/Metal.hpp"
 
 #include <cstdint>
+#include <map>
 #include <string>
 
 namespace metal_sim {
@@ -38,7 +39,9 @@ MTL::CommandBuffer* new_stream_command_buffer(MTL::CommandQueue* queue, void* st
 void set_nvrtc_path(const std::string& path);
 
 /// Machine code (a cubin) of a kernel of the metallib `library` for compute capability `architecture` (90: sm_90), as a
-/// pipeline would use it; needs no GPU. std::runtime_error with the compiler's messages.
-std::string compile_cuda_kernel(const std::string& library, const std::string& kernel, int architecture);
+/// pipeline would use it; needs no GPU. `constants`: bits of function constants by index. std::runtime_error with the
+/// compiler's messages.
+std::string compile_cuda_kernel(const std::string& library, const std::string& kernel,
+                                const std::map<uint32_t, uint32_t>& constants, int architecture);
 
 } // namespace metal_sim
