@@ -10,7 +10,8 @@ the experts hit over the memory bandwidth, and of the operations over the rate o
 dtype, both measured in the same run. docs/performance.md explains all of it. A result that is not within tolerance of
 float64 ends the run with status 1.
 
-With --format our weights are quantised, and the floor has their bytes; the others compute with the dense weights.
+With --format our weights are quantised, and the floor has their bytes; the others compute with the dense weights, but
+for "metal_moe generic": the kernels that serve every format, in place of those compiled for this one.
 """
 
 import argparse

@@ -93,6 +93,22 @@ def test_text(quick, capsys, device):
         assert text in out
 
 
+def test_quantised_weights_are_measured_with_the_generic_kernels_too(quick, capsys, tmp_path, device):
+    path = tmp_path / "result.json"
+    assert run(device, "--model", "mixtral", "--format", "affine4", "--json", path) == 0
+    assert "metal moe generic" in capsys.readouterr().out
+    result = json.loads(path.read_text())
+    for row in result["results"]:
+        family = "decode" if row["tokens"] == 1 else row["family"].removeprefix("moe_")
+        assert row["specialization"] == f"moe_affine_swiglu_{family}_4_4_4"
+        ours, generic = row["seconds"]["metal_moe"], row["seconds"]["metal_moe_generic"]
+        assert row["ratios"]["metal_moe_generic"] == pytest.approx(generic / ours)
+        assert row["relative_error"]["metal_moe_generic"] == row["relative_error"]["metal_moe"]
+        assert ("metal_moe_generic_graph" in row["seconds"]) == (device.type == "cuda")
+    result["results"][0]["relative_error"]["metal_moe_generic"] = 1.0
+    assert any("error of metal_moe_generic is 1.0e+00; the limit is 0.015" in line for line in verdict.failures(result))
+
+
 @pytest.mark.parametrize("factor", [1.1, math.nan])
 def test_wrong_result_fails(quick, capsys, monkeypatch, tmp_path, device, factor):
     """A result that is not the layer's ends the run with status 1; what was measured is kept all the same."""

@@ -12,17 +12,33 @@ from .check import Expected
 from .clock import Run, Timing, time_graph, time_in_turn
 
 OURS, OURS_GRAPH = "metal_moe", "metal_moe_graph"
+# Of quantised weights, by the kernels that serve every format: what compiling them for this one brings.
+GENERIC, GENERIC_GRAPH = "metal_moe_generic", "metal_moe_generic_graph"
 LOOP, NAIVE, GROUPED, GROUPED_GRAPH = "loop", "naive_indexing", "grouped_mm", "grouped_mm_graph"
 # Naive indexing copies weights per assignment: where its largest copy is beyond this it is left out.
 NAIVE_LIMIT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 # Each peer beside that of our times which is taken the same way.
 RATIOS = {LOOP: OURS, NAIVE: OURS, GROUPED: OURS, GROUPED_GRAPH: OURS_GRAPH}
+RATIOS |= {GENERIC: OURS, GENERIC_GRAPH: OURS_GRAPH}
 
 
 def ours(kernel: str | None, quantized: Quantized | None = None) -> Run:
     if quantized:
         return lambda call: metal_moe.fused_experts(call[0], *quantized, *call[3:], kernel=kernel)
     return lambda call: metal_moe.fused_experts(*call, kernel=kernel)
+
+
+def generic(run: Run) -> Run:
+    """`run` with the kernels that serve every format."""
+
+    def run_generic(call: Call) -> torch.Tensor:
+        metal_moe.set_specialization(False)
+        try:
+            return run(call)
+        finally:
+            metal_moe.set_specialization(True)
+
+    return run_generic
 
 
 def peers(call: Call) -> dict[str, Run]:
@@ -40,6 +56,8 @@ def measure(case: Case, ceilings: Ceilings, *, kernel: str | None, rounds: int, 
     """The row of a result: see results/README.md for its entries."""
     run_ours = ours(kernel, case.quantized)
     implementations = {OURS: run_ours, **peers(case.calls[0])}
+    if case.quantized:
+        implementations[GENERIC] = generic(run_ours)
     expected = Expected(case.calls[0])
     # Each against the weights that it computes with.
     our_expected = Expected(case.calls[0], case.quantized) if case.quantized else expected
@@ -47,12 +65,15 @@ def measure(case: Case, ceilings: Ceilings, *, kernel: str | None, rounds: int, 
     ran = metal_moe.last_dispatch()
     for name, run in implementations.items():
         if name != OURS:
-            errors[name] = expected.error(run(case.calls[0]))
+            errors[name] = (our_expected if name == GENERIC else expected).error(run(case.calls[0]))
     times = time_in_turn(implementations, case.calls, case.device, rounds, budget)
     notes: list[str] = []
     if case.device.type == "cuda":
         times[OURS_GRAPH], out = time_graph(run_ours, case.calls, budget)
         errors[OURS_GRAPH] = our_expected.error(out)
+        if GENERIC in implementations:
+            times[GENERIC_GRAPH], out = time_graph(implementations[GENERIC], case.calls, budget)
+            errors[GENERIC_GRAPH] = our_expected.error(out)
         if GROUPED in implementations:
             try:
                 times[GROUPED_GRAPH], out = time_graph(implementations[GROUPED], case.calls, budget)
@@ -91,7 +112,11 @@ def describe(case: Case, ceilings: Ceilings, times: dict[str, Timing]) -> dict:
 def selection(ran: dict) -> dict:
     """Which kernels ran, of what `last_dispatch` says."""
     return {
-        name: ran[name] for name in ("engine", "family", "kernels", "dispatches", "row_tile", "tile_n", "vectorized")
+        name: ran[name]
+        for name in (
+            *("engine", "family", "kernels", "dispatches", "row_tile", "tile_n", "vectorized"),
+            "specialization",
+        )
     }
 
 
