@@ -12,6 +12,7 @@ from metal_moe import baselines, layers, memory_bandwidth, reference
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
+import call_overhead  # noqa: E402
 import moe_layer  # noqa: E402 (found through the path above)
 from layer_bench import ceilings, clock, environment, kernels, report, verdict  # noqa: E402
 from layer_bench.cases import INPUTS, MODELS, make_case, make_layer  # noqa: E402
@@ -331,3 +332,44 @@ def test_deepseek_routes_within_groups(device):
     assert layers.DEEPSEEK_V3.routing["topk_group"] == 4
     for *_, ids in case.calls:
         assert all(len({int(one) // 32 for one in row}) <= 4 for row in ids)
+
+
+@pytest.fixture
+def quick_calls(device):
+    if device.type == "mps":
+        pytest.skip("there is no device that runs nothing on macOS")
+    return ["--rounds", "3"]
+
+
+def test_call_overhead(quick_calls, capsys):
+    before = metal_moe.counters()["dispatches"]
+    assert call_overhead.main([*quick_calls, "--limit", "1000000"]) == 0
+    # Two dispatches in each of 50 calls in 3 rounds, five times.
+    assert metal_moe.counters()["dispatches"] - before >= 5 * 3 * 50 * 2
+    out = capsys.readouterr().out
+    names = ["kernels left out", "Python function", "empty_like", "extension", "kernels,", "checked", "torch.ops"]
+    assert len(out.splitlines()) == len(names)
+    for name, line in zip(names, out.splitlines(), strict=True):
+        assert name in line and line.endswith(" us")
+
+
+def test_call_overhead_measures_what_it_says(quick_calls):
+    """The parts are parts of the whole, and kernels run again afterwards."""
+    times = call_overhead.measure(200)
+    assert 0 < times["loop"] < times["output"] < times["extension"]
+    assert times["extension"] < times["checked"] < times["dispatcher"]
+    arguments = call_overhead.make_arguments()
+    error = reference.relative_error(metal_moe.fused_experts(*arguments), reference.experts(*arguments))
+    assert error < 1e-5
+
+
+def test_call_overhead_limit(quick_calls, capsys):
+    assert call_overhead.main([*quick_calls, "--limit", "0"]) == 1
+    assert "the limit is 0" in capsys.readouterr().err
+
+
+def test_flame_graph_without_its_tool(quick_calls, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(call_overhead.shutil, "which", lambda *args, **kwargs: None)
+    assert call_overhead.main([*quick_calls, "--flame", str(tmp_path / "calls.svg")]) == 2
+    assert "pip install py-spy" in capsys.readouterr().err
+    assert not (tmp_path / "calls.svg").exists()

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -94,7 +95,10 @@ void* current_cuda_stream(int device) {
 
 int cuda_device_number(const std::string& engine) {
   const size_t colon = engine.find(':');
-  return colon == std::string::npos ? 0 : std::stoi(engine.substr(colon + 1));
+  int number = 0;
+  if (colon != std::string::npos)
+    std::from_chars(engine.data() + colon + 1, engine.data() + engine.size(), number);
+  return number;
 }
 
 void run_on_current_stream(Context& context, const std::function<void(CommandStream&)>& encode) {
