@@ -56,6 +56,14 @@ public:
     return pipeline ? *pipeline : build(index, source, constants);
   }
 
+  /// The pipeline that get() has built for these, else null.
+  const Pipeline* find(uint32_t index, const FunctionConstants& constants = {}) const {
+    for (const Node* node = slots_[index].load(std::memory_order_acquire); node; node = node->next)
+      if (node->pipeline.constants == constants)
+        return &node->pipeline;
+    return nullptr;
+  }
+
   /// Pipelines with constants set.
   uint32_t specialized() const { return specialized_.load(std::memory_order_relaxed); }
 
@@ -68,12 +76,6 @@ private:
     const Node* next; // of the same kernel
   };
 
-  const Pipeline* find(uint32_t index, const FunctionConstants& constants) const {
-    for (const Node* node = slots_[index].load(std::memory_order_acquire); node; node = node->next)
-      if (node->pipeline.constants == constants)
-        return &node->pipeline;
-    return nullptr;
-  }
   const Pipeline& build(uint32_t index, const PipelineSource& source, FunctionConstants constants);
 
   const Library& library_;

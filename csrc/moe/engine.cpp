@@ -56,6 +56,12 @@ MoeEngine& MoeEngine::get(std::string_view name) {
   return node->engine;
 }
 
+const Pipeline& MoeEngine::build_pipeline(KernelIndex kernel, const FunctionConstants& codes) {
+  const KernelEntry& entry = kernel_table()[kernel];
+  return context_.pipelines().get(
+      kernel, {entry.name.c_str(), kernel_simdgroups(entry), coded_matrices(entry) != 0, specialized_label}, codes);
+}
+
 void MoeEngine::set_library_path(std::string path) {
   std::lock_guard lock(mutex);
   library_path() = std::move(path);

@@ -31,12 +31,13 @@ public:
   const Tuning& tuning() const { return tuning_; }
   /// The pipeline of a kernel, for matrices of these codes where it has any (see specialization.h).
   const Pipeline& pipeline(KernelIndex kernel, const FunctionConstants& codes = {}) {
-    const KernelEntry& entry = kernel_table()[kernel];
-    return context_.pipelines().get(
-        kernel, {entry.name.c_str(), kernel_simdgroups(entry), coded_matrices(entry) != 0, specialized_label}, codes);
+    const Pipeline* pipeline = context_.pipelines().find(kernel, codes);
+    return pipeline ? *pipeline : build_pipeline(kernel, codes);
   }
 
 private:
+  const Pipeline& build_pipeline(KernelIndex kernel, const FunctionConstants& codes);
+
   Context context_;
   Tuning tuning_;
 };
