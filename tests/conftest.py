@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ import on_device
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# What somebody measured on this machine is not what is tested.
+os.environ["METAL_MOE_TUNING"] = ""
 
 # Reproducible and without deadlines: a shared machine may stall any single example.
 settings.register_profile(

@@ -54,6 +54,26 @@ def run_trellis() -> None:
         ran.update(metal_moe.last_dispatch()["kernels"])
 
 
+def run_linear(dtype: torch.dtype) -> None:
+    """Products of both layouts and sizes that end in the middle of tiles; LoRA with one adapter and with many."""
+    options = {"device": "cuda", "dtype": dtype}
+    for rows, depth, columns in ((3, 72, 67), (37, 40, 66), (5, 33, 7)):
+        a = torch.randn(rows, depth, **options)
+        for b in (torch.randn(depth, columns, **options), torch.randn(columns, depth, **options).T):
+            for kernel in ("gemv", "tile"):
+                out = metal_moe.matmul(a, b, kernel=kernel)
+                assert_close(out, (a.double() @ b.double()).cpu().numpy(), f"matmul {kernel} {rows} {depth} {columns}")
+                ran.update(metal_moe.last_dispatch()["kernels"])
+    for tokens, inputs, outputs, rank in ((37, 72, 66, 12), (5, 35, 70, 7)):
+        x, base = torch.randn(tokens, inputs, **options), torch.randn(tokens, outputs, **options)
+        A, B = torch.randn(3, rank, inputs, **options), torch.randn(3, outputs, rank, **options)
+        ids = torch.arange(tokens, device="cuda") // 2 % 5 - 1
+        for kernel in ("gemv", "tile"):
+            assert metal_moe.lora(x, A[1], B[1], 0.5, base, kernel=kernel).isfinite().all()
+            ran.update(metal_moe.last_dispatch()["kernels"])
+        assert metal_moe.lora(x, A, B, 0.5, base, adapter_ids=ids).isfinite().all()
+
+
 def main() -> int:
     for family in FAMILIES:
         shapes = [(72, 40)] if family == "moe_simd" else [(72, 40), (67, 35)]
@@ -69,6 +89,8 @@ def main() -> int:
                 run_quantized(family, count, dtype)
                 run_quantized(family, count, dtype, activation="relu2")
     run_trellis()
+    for dtype in DTYPES.values():
+        run_linear(dtype)
     logits = torch.randn(37, 70, device="cuda")
     for scoring in ("softmax", "sigmoid", "sqrt_softplus", "topk_softmax"):
         _, ids = metal_moe.fused_topk(logits, 6, scoring=scoring, num_expert_group=7, topk_group=3)

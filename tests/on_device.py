@@ -17,7 +17,7 @@ import torch
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-FUNCTIONS = ("fused_topk", "fused_experts", "fused_moe", "group_tokens", "gather_experts")
+FUNCTIONS = ("fused_topk", "fused_experts", "fused_moe", "group_tokens", "gather_experts", "matmul", "lora")
 QUERIES = ("kernels", "device_info", "pool_stats", "pool_trim")
 
 

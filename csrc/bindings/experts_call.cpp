@@ -16,7 +16,8 @@ namespace {
 class Signature {
 public:
   explicit Signature(const ExpertsCall& call) {
-    add(reinterpret_cast<uintptr_t>(call.engine)); // engines live for ever
+    add(reinterpret_cast<uintptr_t>(call.engine)); // engines live for ever, as do their tuning tables
+    add(reinterpret_cast<uintptr_t>(call.engine->tuning_table()));
     const ExpertsLayer& layer = call.layer;
     add(uint64_t(call.routed) | uint64_t(layer.interleaved) << 1 | uint64_t(layer.fp32_accumulation) << 2 |
         uint64_t(layer.activation) << 8 | uint64_t(layer.intermediate) << 32);
@@ -61,7 +62,7 @@ public:
 private:
   static constexpr uint32_t MAX_FAMILY_BYTES = 32;
   static constexpr uint32_t TENSORS = 10, PARTS = 3, TENSOR_WORDS = 1 + 2 * TensorView::MAX_RANK;
-  static constexpr uint32_t MAX_WORDS = 6 + (TENSORS + 4 * PARTS) * TENSOR_WORDS + MAX_FAMILY_BYTES / sizeof(uint64_t);
+  static constexpr uint32_t MAX_WORDS = 7 + (TENSORS + 4 * PARTS) * TENSOR_WORDS + MAX_FAMILY_BYTES / sizeof(uint64_t);
 
   void add(uint64_t word) { words_[count_++] = word; }
   void add(const TensorView& tensor) {

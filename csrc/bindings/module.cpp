@@ -226,8 +226,12 @@ void viterbi(std::string_view engine_name, py::handle values, py::handle table, 
 }
 
 std::pair<std::string, uint32_t> select(int64_t batch_size, bool use_fp32_acc, std::optional<int64_t> gate_bits,
-                                        std::optional<int64_t> up_bits, std::optional<int64_t> down_bits) {
-  const Selection selection = select_moe_kernel(batch_size, use_fp32_acc, gate_bits, up_bits, down_bits);
+                                        std::optional<int64_t> up_bits, std::optional<int64_t> down_bits,
+                                        const std::optional<std::string>& engine_name) {
+  const Tuning* measured =
+      engine_name ? MoeEngine::get(*engine_name).measured(layer_of_bits(gate_bits, up_bits, down_bits)) : nullptr;
+  const Selection selection =
+      select_moe_kernel(batch_size, use_fp32_acc, gate_bits, up_bits, down_bits, measured ? *measured : Tuning{});
   return {selection.name, selection.tile_n};
 }
 
@@ -314,6 +318,8 @@ void checked_set_num_threads(int threads) {
 
 } // namespace
 
+void define_linear(py::module_& m); // linear.cpp
+void define_tuning(py::module_& m); // tuning.cpp
 #if defined(__APPLE__)
 void define_apple(py::module_& m); // apple/module.mm
 #endif
@@ -345,7 +351,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("viterbi", &viterbi, "engine"_a, "values"_a, "table"_a, "states_out"_a, "half_bits"_a,
         "Closed walks, states_out int32 [n, 256], near values fp32 [n, 256]; table fp32 [65536]: values of states.");
   m.def("select_moe_kernel", &select, "batch_size"_a, "use_fp32_acc"_a, "gate_bits"_a = py::none(),
-        "up_bits"_a = py::none(), "down_bits"_a = py::none(), "(name, tile_n) of the published selection.");
+        "up_bits"_a = py::none(), "down_bits"_a = py::none(), "engine"_a = py::none(),
+        "(name, tile_n) of what was measured on the engine's device, else of the published selection.");
   m.def("matrix_code", &checked_matrix_code, "format"_a, "half_bits"_a, "group_size"_a, "codebook"_a, "scale_type"_a,
         "aligned"_a, "How matrices with these fields of a record are stored, in a number for kernels; 0: in none.");
   m.def("enable_specialization", &enable_specialization, "enabled"_a);
@@ -381,6 +388,8 @@ PYBIND11_MODULE(_core, m) {
       "by index, have the bits `constants`.");
   m.def("set_exact_seed", &set_exact_seed, "seed"_a, "Seed of the exact engine's schedule.");
   define_known_calls(m);
+  define_linear(m);
+  define_tuning(m);
 #if defined(__APPLE__)
   define_apple(m);
 #endif

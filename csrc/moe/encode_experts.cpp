@@ -305,12 +305,13 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
                             const SlotsView& ids, const SlotsView& weights, uint32_t top_k) {
   const LayerShape shape = layer_shape(x, layer, top_k);
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
+  const Tuning& tuning = engine.tuning(tuned_layer(shape));
   const Family family =
-      layer.family ? parse_family(*layer.family, fp32_accumulation) : select_family(engine.tuning(), shape.tokens);
+      layer.family ? parse_family(*layer.family, fp32_accumulation) : select_family(tuning, shape.tokens);
   ExpertsPacking packing{};
   if (shape.tokens == 0)
     return packing;
-  const ExpertsPlan& plan = packing.plan = plan_experts(engine.tuning(), family, shape, fp32_accumulation);
+  const ExpertsPlan& plan = packing.plan = plan_experts(tuning, family, shape, fp32_accumulation);
 
   ExpertsArgs& args = packing.args;
   args.tokens = shape.tokens;

@@ -7,7 +7,12 @@
 
 #include "../core/context.h"
 
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
 #include <string_view>
+#include <vector>
 
 namespace metal_moe {
 
@@ -27,8 +32,25 @@ public:
   /// The metallib of engines made from here on.
   static void set_library_path(std::string path);
 
+  /// Called with every engine that get() makes from here on and the name it was asked for, by the thread that made it
+  /// and without a lock held; other threads may use the engine meanwhile.
+  static void on_new(std::function<void(std::string_view name, MoeEngine&)> handler);
+
   Context& context() { return context_; }
+  /// What holds on this device where nothing was measured.
   const Tuning& tuning() const { return tuning_; }
+  /// What was measured on this device for layers like this one; null where nothing was. It stays valid for the life of
+  /// the engine.
+  const Tuning* measured(const TunedLayer& layer) const { return tuning_table()->find(layer); }
+  /// The one or the other.
+  const Tuning& tuning(const TunedLayer& layer) const {
+    const Tuning* tuning = measured(layer);
+    return tuning ? *tuning : tuning_;
+  }
+  /// What measured() looks in; another one after each set_tuning_table.
+  const TuningTable* tuning_table() const { return table_.load(std::memory_order_acquire); }
+  /// Takes effect for the next operation; one that is being encoded may use either table. Thread-safe.
+  void set_tuning_table(TuningTable table);
   /// The pipeline of a kernel, for matrices of these codes where it has any (see specialization.h).
   const Pipeline& pipeline(KernelIndex kernel, const FunctionConstants& codes = {}) {
     const Pipeline* pipeline = context_.pipelines().find(kernel, codes);
@@ -40,6 +62,10 @@ private:
 
   Context context_;
   Tuning tuning_;
+  // Every table that was ever set: a reader holds no lock, and tables are set a few times in a program's life.
+  std::vector<std::unique_ptr<const TuningTable>> tables_;
+  std::mutex tables_mutex_;
+  std::atomic<const TuningTable*> table_;
 };
 
 } // namespace metal_moe

@@ -58,18 +58,28 @@ uint32_t select_variant(const Tuning& tuning, Family family, uint64_t routed_row
 }
 
 Selection select_moe_kernel(int64_t batch_size, bool use_fp32_acc, std::optional<int64_t> gate_bits,
-                            std::optional<int64_t> up_bits, std::optional<int64_t> down_bits) {
+                            std::optional<int64_t> up_bits, std::optional<int64_t> down_bits, const Tuning& tuning) {
   if (batch_size < 0)
     throw std::invalid_argument("batch_size is " + std::to_string(batch_size) + ": must not be negative");
   check_bits("gate_bits", gate_bits);
   check_bits("up_bits", up_bits);
   check_bits("down_bits", down_bits);
-  const Tuning published;
   const auto tokens = static_cast<uint32_t>(std::min<int64_t>(batch_size, UINT32_MAX));
-  const Family family = select_family(published, tokens);
+  const Family family = select_family(tuning, tokens);
   if (is_quantized(gate_bits) || is_quantized(up_bits) || is_quantized(down_bits))
     return select_quantized(family, use_fp32_acc, gate_bits, up_bits, down_bits);
-  return {family_name(family, use_fp32_acc), VARIANTS[select_variant(published, family, 0, 1)].tile_n};
+  return {family_name(family, use_fp32_acc), VARIANTS[select_variant(tuning, family, 0, 1)].tile_n};
+}
+
+TunedLayer layer_of_bits(std::optional<int64_t> gate_bits, std::optional<int64_t> up_bits,
+                         std::optional<int64_t> down_bits) {
+  TunedLayer layer;
+  for (std::optional<int64_t> bits : {gate_bits, up_bits, down_bits}) {
+    const int64_t own = bits.value_or(16);
+    layer.quantized |= is_quantized(bits);
+    layer.weight_bits += static_cast<float>(own) / 3.0f;
+  }
+  return layer;
 }
 
 Family parse_family(std::string_view name, bool fp32_accumulation) {

@@ -15,11 +15,16 @@ struct Selection {
   uint32_t tile_n;
 };
 
-/// The published selection: family by number of tokens, name and output columns per threadgroup. Bits: none, 16 or 32
-/// for dense weights, 1 to 8 for quantised ones, whose names in decode tell the bits of all three.
+/// Family by number of tokens, name and output columns per threadgroup; by default the published selection. Bits: none,
+/// 16 or 32 for dense weights, 1 to 8 for quantised ones, whose names in decode tell the bits of all three.
 /// std::invalid_argument for a negative batch size and for other bits.
 Selection select_moe_kernel(int64_t batch_size, bool use_fp32_acc, std::optional<int64_t> gate_bits,
-                            std::optional<int64_t> up_bits, std::optional<int64_t> down_bits);
+                            std::optional<int64_t> up_bits, std::optional<int64_t> down_bits,
+                            const Tuning& tuning = {});
+
+/// Layers of any shape with weights of these bits, as a measured tuning is looked up for them.
+TunedLayer layer_of_bits(std::optional<int64_t> gate_bits, std::optional<int64_t> up_bits,
+                         std::optional<int64_t> down_bits);
 
 /// Family for `tokens` tokens.
 Family select_family(const Tuning& tuning, uint32_t tokens);

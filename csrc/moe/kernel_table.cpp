@@ -2,6 +2,8 @@
 
 #include "../core/pipeline_cache.h"
 #include "formats/dequantize_trellis.h"
+#include "linear/lora.h"
+#include "linear/matmul.h"
 #include "moe/combine.h"
 #include "moe/gather.h"
 #include "moe/group.h"
@@ -24,9 +26,22 @@ constexpr const char* FAMILY_NAMES[FAMILIES][2] = {{"moe_decode", "moe_decode_fp
                                                    {"moe_base", "moe_base_fp32acc"},
                                                    {"moe_large_batch", "moe_large_batch_fp32acc"},
                                                    {"moe_simd", "moe_simd_fp32acc"}};
-constexpr const char* STAGE_NAMES[] = {
-    "gate_up", "up", "down", "route", "group", "pad_groups", "combine", "gather_experts", "dequantize_trellis",
-    "viterbi"};
+constexpr const char* STAGE_NAMES[] = {"gate_up",
+                                       "up",
+                                       "down",
+                                       "route",
+                                       "group",
+                                       "pad_groups",
+                                       "combine",
+                                       "gather_experts",
+                                       "dequantize_trellis",
+                                       "viterbi",
+                                       "trellis_product",
+                                       "rotate",
+                                       "matmul",
+                                       "lora_shrink",
+                                       "lora_expand"};
+static_assert(std::size(STAGE_NAMES) == static_cast<size_t>(Stage::LoraExpand) + 1);
 constexpr Dtype FLOATS[] = {Dtype::Fp32, Dtype::Fp16, Dtype::Bf16};
 
 /// "gate_up_large_batch_fp32acc_m16_bf16": stage, family, accumulation, row tile, dtype; "gate_up_quantized_..." where
@@ -72,6 +87,16 @@ std::vector<KernelEntry> build_table() {
     table[index] = {name, stage, nullptr, Dtype::Other, false};
   for (Dtype dtype : FLOATS)
     table[combine_kernel(dtype)] = {std::string("combine_") + dtype_name(dtype), Stage::Combine, nullptr, dtype, false};
+  for (Dtype dtype : FLOATS)
+    for (bool tile : {false, true}) {
+      const std::string type = std::string("_") + dtype_name(dtype), suffix = (tile ? "_tile" : "") + type;
+      for (bool transposed : {false, true})
+        table[matmul_kernel(tile, transposed, dtype)] = {std::string(tile ? "matmul_tile" : "matmul_gemv") +
+                                                             (transposed ? "_nt" : "_nn") + type,
+                                                         Stage::Matmul, nullptr, dtype, false};
+      table[lora_shrink_kernel(tile, dtype)] = {"lora_shrink" + suffix, Stage::LoraShrink, nullptr, dtype, false};
+      table[lora_expand_kernel(tile, dtype)] = {"lora_expand" + suffix, Stage::LoraExpand, nullptr, dtype, false};
+    }
   return table;
 }
 
@@ -122,6 +147,11 @@ uint32_t kernel_simdgroups(const KernelEntry& kernel) {
     return TRELLIS_PRODUCT_SIMDGROUPS;
   case Stage::Rotate:
     return ROTATE_SIMDGROUPS;
+  case Stage::Matmul:
+    return std::max(MATMUL_SIMDGROUPS, GEMM_SIMDGROUPS);
+  case Stage::LoraShrink:
+  case Stage::LoraExpand:
+    return std::max(LORA_SIMDGROUPS, GEMM_SIMDGROUPS);
   }
   return 0; // no such stage
 }

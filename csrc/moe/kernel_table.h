@@ -30,7 +30,10 @@ enum class Stage : uint8_t {
   DequantizeTrellis,
   Viterbi,
   TrellisProduct,
-  Rotate
+  Rotate,
+  Matmul,
+  LoraShrink,
+  LoraExpand
 };
 
 /// A family at one row tile: what the expert kernels are compiled for.
@@ -101,7 +104,10 @@ constexpr KernelIndex TRELLIS_PRODUCT_M4_KERNEL = COMBINE_KERNELS + 6;
 constexpr KernelIndex ROTATE_INPUTS_KERNEL = COMBINE_KERNELS + 7;
 constexpr KernelIndex ROTATE_ACTIVATIONS_KERNEL = COMBINE_KERNELS + 8;
 constexpr KernelIndex ROTATE_OUTPUTS_KERNEL = COMBINE_KERNELS + 9;
-constexpr KernelIndex KERNELS = COMBINE_KERNELS + 10;
+constexpr KernelIndex MATMUL_KERNELS = COMBINE_KERNELS + 10;            // gemv and tile, nn and nt, fp32, fp16, bf16
+constexpr KernelIndex LORA_SHRINK_KERNELS = MATMUL_KERNELS + 2 * 2 * 3; // fp32, fp16, bf16; then the same as tiles
+constexpr KernelIndex LORA_EXPAND_KERNELS = LORA_SHRINK_KERNELS + 2 * 3;
+constexpr KernelIndex KERNELS = LORA_EXPAND_KERNELS + 2 * 3;
 
 /// Kernel of a variant (index into VARIANTS), an expert stage and a dtype. fp16 accumulation exists for fp16 only.
 constexpr KernelIndex expert_kernel(uint32_t variant, Stage stage, Dtype dtype, bool fp32_accumulation) {
@@ -114,6 +120,16 @@ constexpr KernelIndex quantized_kernel(uint32_t place, Stage stage, Dtype dtype)
          static_cast<uint32_t>(dtype);
 }
 constexpr KernelIndex combine_kernel(Dtype dtype) { return COMBINE_KERNELS + static_cast<uint32_t>(dtype); }
+/// `tile`: simdgroup matrices, else dot products; `transposed`: of b's transpose.
+constexpr KernelIndex matmul_kernel(bool tile, bool transposed, Dtype dtype) {
+  return MATMUL_KERNELS + (tile * 2u + transposed) * 3 + static_cast<uint32_t>(dtype);
+}
+constexpr KernelIndex lora_shrink_kernel(bool tile, Dtype dtype) {
+  return LORA_SHRINK_KERNELS + tile * 3u + static_cast<uint32_t>(dtype);
+}
+constexpr KernelIndex lora_expand_kernel(bool tile, Dtype dtype) {
+  return LORA_EXPAND_KERNELS + tile * 3u + static_cast<uint32_t>(dtype);
+}
 
 /// All kernels by index. The strings live as long as the program.
 std::span<const KernelEntry> kernel_table();

@@ -22,6 +22,26 @@ void check_grouping(const LayerShape& shape, uint64_t rows) {
 
 } // namespace
 
+TunedLayer tuned_layer(const LayerShape& shape) {
+  TunedLayer layer;
+  layer.hidden = shape.hidden;
+  layer.intermediate = shape.intermediate;
+  layer.experts = shape.experts;
+  layer.top_k = shape.top_k;
+  layer.dtype = shape.dtype;
+  layer.quantized = shape.quantized();
+  const double matrix = double(shape.hidden) * shape.intermediate;
+  const double bits = shape.dtype == Dtype::Fp32 ? 32 : 16;
+  const uint32_t first = shape.gated ? 2 : 1;
+  const auto part_bits = [&](size_t quantized_bytes, double weights) {
+    return quantized_bytes ? 8.0 * static_cast<double>(quantized_bytes) : bits * weights;
+  };
+  const double all =
+      part_bits(shape.quantized_gate_up_bytes, first * matrix) + part_bits(shape.quantized_down_bytes, matrix);
+  layer.weight_bits = matrix > 0 ? static_cast<float>(all / ((first + 1) * matrix)) : 0.0f;
+  return layer;
+}
+
 ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& shape, bool fp32_accumulation) {
   const uint64_t rows = uint64_t(shape.tokens) * (shape.top_k + shape.shared);
   ExpertsPlan plan{};

@@ -24,6 +24,9 @@ struct LayerShape {
   bool quantized() const { return quantized_gate_up_bytes || quantized_down_bytes; }
 };
 
+/// What a measured tuning is looked up by.
+TunedLayer tuned_layer(const LayerShape& shape);
+
 struct ExpertsPlan {
   LayerShape shape;
   Family family;

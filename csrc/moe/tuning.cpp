@@ -1,14 +1,48 @@
 #include "tuning.h"
 
+#include <cmath>
+#include <stdexcept>
+#include <utility>
+
 namespace metal_moe {
+
+namespace {
+
+void check_at_most(const char* name, double value, const char* limit_name, double limit) {
+  if (!(value <= limit))
+    throw std::invalid_argument(std::string("tuning: ") + name + " is " + std::to_string(value) + ": must be at most " +
+                                std::to_string(limit) + ", " + limit_name);
+}
+
+void check_at_least(const char* name, double value, double limit) {
+  if (!(value >= limit))
+    throw std::invalid_argument(std::string("tuning: ") + name + " is " + std::to_string(value) +
+                                ": must be at least " + std::to_string(limit));
+}
+
+void check(const Tuning& tuning) {
+  check_at_least("decode_tokens", tuning.decode_tokens, 1);
+  check_at_most("decode_tokens", tuning.decode_tokens, "prefill4_tokens", tuning.prefill4_tokens);
+  check_at_most("prefill4_tokens", tuning.prefill4_tokens, "base_tokens", tuning.base_tokens);
+  check_at_least("prefill4_row_tile", tuning.prefill4_row_tile, 1);
+  check_at_most("prefill4_row_tile", tuning.prefill4_row_tile, "the most that a tile has", PREFILL4_ROW_TILE_ONE_LANE);
+  check_at_least("row_tile_per_mean_rows", tuning.row_tile_per_mean_rows, 0);
+  check_at_most("row_tile_per_mean_rows", tuning.row_tile_per_mean_rows, "beyond which every tile is the largest",
+                1024);
+  check_at_least("largest_row_tile", tuning.largest_row_tile, 1);
+}
+
+} // namespace
 
 const Tuning& tuning_for(const std::string& engine) {
   static const Tuning published;
   // A processor with one-thread simdgroups multiplies fastest in dot products along K, without the exchange of elements
   // that 8x8 matrices need, whatever the number of rows: bench/moe_layer.py, where base and large_batch take 1.5 to 4
   // times as long from 4 to 512 tokens. 65 or more rows of an expert read its weights again from the cache.
-  static const Tuning native{
-      .prefill4_tokens = UINT32_MAX, .base_tokens = UINT32_MAX, .prefill4_row_tile = PREFILL4_ROW_TILE_ONE_LANE};
+  static const Tuning native{.prefill4_tokens = UINT32_MAX,
+                             .base_tokens = UINT32_MAX,
+                             .prefill4_row_tile = PREFILL4_ROW_TILE_ONE_LANE,
+                             .product_gemv_rows = UINT32_MAX};
   // Tensor cores are idle most of the time whatever the tile, so padding costs little and reading weights again more;
   // copies run ahead of the arithmetic, where dot products wait for their loads.
   static const Tuning cuda{.prefill4_tokens = 1,
@@ -23,6 +57,31 @@ const Tuning& tuning_for(const std::string& engine) {
          : engine == "cuda"                     ? cuda
          : engine == "exact"                    ? exact
                                                 : published;
+}
+
+TuningTable::TuningTable(std::vector<Entry> entries) : entries_(std::move(entries)) {
+  for (const Entry& entry : entries_)
+    check(entry.tuning);
+}
+
+const Tuning* TuningTable::find(const TunedLayer& layer) const {
+  const Entry* best = nullptr;
+  const auto same_shape = [&](const TunedLayer& other) {
+    return other.hidden == layer.hidden && other.intermediate == layer.intermediate && other.experts == layer.experts &&
+           other.top_k == layer.top_k;
+  };
+  const auto distance = [&](const Entry& entry) { return std::fabs(entry.layer.weight_bits - layer.weight_bits); };
+  for (const Entry& entry : entries_) {
+    const bool any_shape = entry.layer.hidden == 0;
+    if (entry.layer.quantized != layer.quantized || (layer.dtype != Dtype::Other && entry.layer.dtype != layer.dtype) ||
+        (!any_shape && !same_shape(entry.layer)))
+      continue;
+    const bool best_is_any_shape = best && best->layer.hidden == 0;
+    if (!best || (best_is_any_shape && !any_shape) ||
+        (best_is_any_shape == any_shape && distance(entry) < distance(*best)))
+      best = &entry;
+  }
+  return best ? &best->tuning : nullptr;
 }
 
 } // namespace metal_moe

@@ -1,11 +1,15 @@
 // Where one family takes over from another, per device.
 #pragma once
 
+#include "types.h"
+
+#include "linear/matmul.h"
 #include "moe/experts.h"
 #include "tiles/staged_rows.h"
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace metal_moe {
 
@@ -22,6 +26,8 @@ struct Tuning {
   float row_tile_per_mean_rows = 1.0f;
   /// Beyond it a simdgroup has more sums than registers.
   uint32_t largest_row_tile = 64;
+  /// Rows up to which a small product (csrc/linear) runs in dot products: those that share a weight in registers.
+  uint32_t product_gemv_rows = MATMUL_GEMV_ROWS;
   /// Threadgroup memory that a matrix family's kernels were compiled for: what the device has.
   uint32_t threadgroup_bytes = 32 << 10;
   /// Between staged rows of 16-bit elements there.
@@ -30,5 +36,36 @@ struct Tuning {
 
 /// What holds on the device whose engine is `engine` (Context::engine).
 const Tuning& tuning_for(const std::string& engine);
+
+/// The layer that a tuning is asked for.
+struct TunedLayer {
+  uint32_t hidden = 0; // 0, in a table: layers of every shape
+  uint32_t intermediate = 0;
+  uint32_t experts = 0;
+  uint32_t top_k = 0;
+  Dtype dtype = Dtype::Other; // of hidden states; Other, where one is asked for: any
+  bool quantized = false;
+  float weight_bits = 0.0f; // with scales, the mean of a layer's weights
+};
+
+/// What `metal-moe tune` measured on a device. The same table and layer always give the same tuning.
+class TuningTable {
+public:
+  struct Entry {
+    TunedLayer layer;
+    Tuning tuning;
+  };
+
+  TuningTable() = default;
+  /// std::invalid_argument naming the field, its value and the limit where an entry makes no sense.
+  explicit TuningTable(std::vector<Entry> entries);
+
+  /// The tuning of the entry for the layer's dtype and kind of weights that has the layer's shape, or where none has,
+  /// of one for every shape; among several the one whose bits are nearest, then the first. Null where there is none.
+  const Tuning* find(const TunedLayer& layer) const;
+
+private:
+  std::vector<Entry> entries_;
+};
 
 } // namespace metal_moe

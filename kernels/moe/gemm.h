@@ -225,10 +225,10 @@ struct GemmTile {
   }
 
   /// The same with weights that a stager decodes into the stage: its codes for a tile of K are loaded (`load`) while
-  /// the one before is multiplied, and decoded (`store`) when the stage is free.
+  /// the one before is multiplied, and decoded (`store`) when the stage is free. `vectorized`: of the rows.
   template <typename Source, typename Stager>
   void multiply_decoded(thread const Source& source, uint count, thread Stager& weights, uint K,
-                        threadgroup uchar* memory, uint simdgroup, uint lane) thread {
+                        threadgroup uchar* memory, uint simdgroup, uint lane, bool vectorized = true) thread {
     RowStager<T, ROW_TILE, K_TILE, Layout> rows;
     rows.start(source, count, simdgroup * SIMD_WIDTH + lane);
     sums.clear();
@@ -237,12 +237,12 @@ struct GemmTile {
     weights.load(0, K);
     UNROLL
     for (uint step = 0; step < AHEAD; ++step)
-      decode_stage(rows, weights, memory, step, steps, K);
+      decode_stage(rows, weights, memory, step, steps, K, vectorized);
     for (uint step = 0; step < steps; ++step) {
       if (AHEAD > 0)
         copy_wait<AHEAD - 1>();
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      decode_stage(rows, weights, memory, step + AHEAD, steps, K);
+      decode_stage(rows, weights, memory, step + AHEAD, steps, K, vectorized);
       if (AHEAD == 0) {
         copy_wait<0>();
         threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -255,10 +255,10 @@ struct GemmTile {
 private:
   template <typename Rows, typename Stager>
   static void decode_stage(thread const Rows& rows, thread Stager& weights, threadgroup uchar* memory, uint step,
-                           uint steps, uint K) {
+                           uint steps, uint K, bool vectorized) {
     if (step < steps) {
       threadgroup T* to = stage(memory, step);
-      rows.copy(to, step * K_TILE, K, true);
+      rows.copy(to, step * K_TILE, K, vectorized);
       weights.store(to + Layout::at(ROW_TILE, 0), step * K_TILE, K);
       weights.load((step + 1) * K_TILE, K);
     }

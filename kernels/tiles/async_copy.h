@@ -12,9 +12,8 @@ inline void copy_async(threadgroup T* to, device const T* from, bool inside) {
 #ifdef METAL_SIM_CUDA
   metal_sim::copy_async(to, from, inside);
 #else
-  threadgroup Vector16<T>* target = reinterpret_cast<threadgroup Vector16<T>*>(to);
   if (inside) {
-    *target = *reinterpret_cast<device const Vector16<T>*>(from);
+    *reinterpret_cast<threadgroup uint4*>(to) = *reinterpret_cast<device const uint4*>(from);
   } else {
     for (uint i = 0; i < Vector16<T>::COUNT; ++i)
       to[i] = T(0.0f);

@@ -35,6 +35,7 @@ from .experts import fused_experts, fused_moe, gather_experts  # noqa: E402
 from .formats import QuantizedExperts  # noqa: E402
 from .gpu import Residency, capture, keep_resident  # noqa: E402
 from .grouping import GroupedTokens, group_tokens  # noqa: E402
+from .linear import lora, matmul  # noqa: E402
 from .routing import fused_topk  # noqa: E402
 
 try:
@@ -60,6 +61,8 @@ __all__ = [
     "keep_resident",
     "kernels",
     "last_dispatch",
+    "lora",
+    "matmul",
     "pool_stats",
     "pool_trim",
     "reset_counters",

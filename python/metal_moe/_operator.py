@@ -92,10 +92,19 @@ def engine_of_device(device: torch.device) -> str:
     return cuda_engine(device) if device.type == "cuda" else device.type
 
 
-def operator(function: Callable[P, R] | None = None, *, name: str | None = None) -> Callable[P, R]:
-    """Registers `function` as the operator `name` (its own), schema from its annotations; never differentiable."""
+def operator(
+    function: Callable[P, R] | None = None,
+    *,
+    name: str | None = None,
+    autograd: tuple[Callable[..., None], Callable[..., object]] | None = None,
+) -> Callable[P, R]:
+    """Registers `function` as the operator `name` (its own), schema from its annotations.
+
+    `autograd`: setup_context and backward, as `torch.library.register_autograd` takes them; without, an argument that
+    requires a gradient is refused.
+    """
     if function is None:
-        return functools.partial(operator, name=name)
+        return functools.partial(operator, name=name, autograd=autograd)
     name = name or function.__name__
     schema = torch.library.infer_schema(function, mutates_args=())
     for public, internal in _RENAMED.items():
@@ -119,7 +128,11 @@ def operator(function: Callable[P, R] | None = None, *, name: str | None = None)
             return op(*args, **kwargs)
 
     _library.impl(name, implementation, "CompositeExplicitAutograd")
-    _library.impl(name, refuse_gradients, "Autograd")
+    if autograd is None:
+        _library.impl(name, refuse_gradients, "Autograd")
+    else:
+        setup_context, backward = autograd
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
     torch.library.register_fake(f"{NAMESPACE}::{name}", implementation, lib=_library)
 
     @functools.wraps(function)

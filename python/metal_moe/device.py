@@ -29,11 +29,15 @@ def select_moe_kernel(
     gate_bits: int | None = None,
     up_bits: int | None = None,
     down_bits: int | None = None,
+    *,
+    device: str | torch.device | None = None,
 ) -> tuple[str, int]:
-    """The kernel family for a batch on an Apple GPU, and how many output columns a tile of it has: one threadgroup
-    computes a tile, or several share it (moe_decode, moe_prefill4).
+    """The kernel family for a batch, and how many output columns a tile of it has: one threadgroup computes a tile, or
+    several share it (moe_decode, moe_prefill4).
 
-    Another device may change families at other batch sizes; `last_dispatch()` says which one ran.
+    It follows what `metal-moe tune` measured on the device for weights of these bits, and where nothing was measured
+    the table below, of Apple GPUs. A layer whose own shape was measured, and devices with defaults of their own, may
+    change families at other batch sizes; `last_dispatch()` says which one ran.
 
     | tokens | family | quantised | tile_n |
     | --- | --- | --- | --- |
@@ -50,6 +54,7 @@ def select_moe_kernel(
         batch_size: tokens.
         use_fp32_acc: accumulate in float32; appends "_fp32acc" to the name.
         gate_bits, up_bits, down_bits: bits of a weight; 1 to 8 where it is quantised, 16, 32 or None where dense.
+        device: a device of PyTorch. None: the default one.
 
     Returns:
         (name, tile_n). The name of dense weights can be passed as `kernel=` to `fused_experts` and `fused_moe`; those
@@ -69,7 +74,8 @@ def select_moe_kernel(
     check_bool(op, "use_fp32_acc", use_fp32_acc)
     for name, bits in (("gate_bits", gate_bits), ("up_bits", up_bits), ("down_bits", down_bits)):
         check_bits(op, name, bits)
-    return _core.select_moe_kernel(batch_size, use_fp32_acc, gate_bits, up_bits, down_bits)
+    engine = _engine(op, DEFAULT_DEVICE if device is None else device)
+    return _core.select_moe_kernel(batch_size, use_fp32_acc, gate_bits, up_bits, down_bits, engine)
 
 
 def kernels(device: str | torch.device = DEFAULT_DEVICE) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The command line: `metal-moe info`, `kernels`, `demo`, `repro` and `quantize`."""
+"""The command line: `metal-moe info`, `kernels`, `demo`, `repro`, `quantize` and `tune`."""
 
 import argparse
 import json
@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, info, kernels, quantize, repro
+from . import demo, info, kernels, quantize, repro, tune
 from .text import Progress
 
-_COMMANDS = (info, kernels, demo, repro, quantize)
+_COMMANDS = (info, kernels, demo, repro, quantize, tune)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with Progress() as progress:
             result = options.module.run(options, progress)
-    except (RuntimeError, ValueError, MemoryError) as error:
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
         print(f"metal-moe {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

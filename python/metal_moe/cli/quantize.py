@@ -20,7 +20,7 @@ from ..formats.layout import CODEBOOKS, Format
 from ..formats.safetensors_file import save_safetensors
 from ..formats.viterbi import nearest_walks
 from .plot import log_chart
-from .text import DTYPES, Progress, gigabytes, table
+from .text import DTYPES, Bar, Progress, gigabytes, table
 
 NAME = "quantize"
 HELP = "quantise the experts of a checkpoint; errors by layer"
@@ -95,7 +95,11 @@ def run(options: argparse.Namespace, progress: Progress) -> dict:
         for index, layer in enumerate(layers):
             begin = time.perf_counter()
             quantised, report = _quantize_layer(
-                reader.read(layer), calibration, options, device, _Bar(progress, index, layers)
+                reader.read(layer),
+                calibration,
+                options,
+                device,
+                Bar(progress, f"layer {layer} ({index + 1} of {len(layers)})"),
             )
             file = f"model-{index + 1:05}-of-{len(layers):05}.safetensors"
             prefix = report["block"] + "experts."
@@ -173,33 +177,6 @@ def _layers(text: str) -> list[int]:
     return sorted(found)
 
 
-class _Bar:
-    """Progress of one layer: how far, how fast, how long still."""
-
-    WIDTH = 24
-
-    def __init__(self, progress: Progress, index: int, layers: list[int]) -> None:
-        self._progress = progress
-        self._name = f"layer {layers[index]} ({index + 1} of {len(layers)})"
-        self._start = time.perf_counter()
-        self._total = self._done = 0
-        self._shown = -1
-
-    def begin(self, total: int) -> None:
-        self._total = total
-
-    def add(self, count: int, what: str) -> None:
-        self._done += count
-        share = min(1.0, self._done / max(1, self._total))
-        left = (time.perf_counter() - self._start) * (1 - share) / max(share, 1e-9)
-        filled = round(self.WIDTH * share)
-        if filled == self._shown and not self._progress.terminal:
-            return
-        self._shown = filled
-        bar = "#" * filled + "." * (self.WIDTH - filled)
-        self._progress(f"{self._name} {what} [{bar}] {100 * share:.0f}%, {left:.0f} s left")
-
-
 def _dense(experts: LayerExperts) -> dict[str, Tensor]:
     """Gate, up [E, I, H] and down [E, H, I], and the biases "gate_bias", ... where there are some."""
 
@@ -219,7 +196,7 @@ def _dense(experts: LayerExperts) -> dict[str, Tensor]:
 
 
 def _quantize_layer(
-    experts: LayerExperts, calibration: Checkpoint | None, options: argparse.Namespace, device: torch.device, bar: _Bar
+    experts: LayerExperts, calibration: Checkpoint | None, options: argparse.Namespace, device: torch.device, bar: Bar
 ) -> tuple[dict[str, QuantizedExperts], dict]:
     dense = _dense(experts)
     count = dense["gate"].shape[0]
@@ -325,7 +302,7 @@ def _seen(inputs: Tensor, dense: dict[str, Tensor], expert: int, activation: str
     return intermediate(inputs, gate, up, bias, activation)
 
 
-def _counted(bar: _Bar, projection: str) -> Callable[[Tensor, float, str], Tensor]:
+def _counted(bar: Bar, projection: str) -> Callable[[Tensor, float, str], Tensor]:
     """The search, some tiles at a time, telling the bar."""
 
     def walks(values: Tensor, bits: float, codebook: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Plain text for the terminal: tables, quantities, a progress line."""
 
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -59,3 +60,30 @@ class Progress:
         if self.terminal and self._last:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
+
+
+class Bar:
+    """Progress of a long task: what is being done, how far it is, how long still."""
+
+    WIDTH = 24
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress = progress
+        self._name = name
+        self._start = time.perf_counter()
+        self._total = self._done = 0
+        self._shown = -1
+
+    def begin(self, total: int) -> None:
+        self._total = total
+
+    def add(self, count: int, what: str) -> None:
+        self._done += count
+        share = min(1.0, self._done / max(1, self._total))
+        left = (time.perf_counter() - self._start) * (1 - share) / max(share, 1e-9)
+        filled = round(self.WIDTH * share)
+        if filled == self._shown and not self._progress.terminal:
+            return
+        self._shown = filled
+        bar = "#" * filled + "." * (self.WIDTH - filled)
+        self._progress(f"{self._name} {what} [{bar}] {100 * share:.0f}%, {left:.0f} s left")
