@@ -71,9 +71,9 @@ TEST(TuningTable, SelectionFollowsIt) {
   Tuning tuning;
   tuning.decode_tokens = 3;
   tuning.prefill4_tokens = tuning.base_tokens = 5;
-  EXPECT_STREQ(select_moe_kernel(3, true, {}, {}, {}, tuning).name, "moe_decode_fp32acc");
-  EXPECT_STREQ(select_moe_kernel(5, true, {}, {}, {}, tuning).name, "moe_prefill4_fp32acc");
-  EXPECT_STREQ(select_moe_kernel(6, true, {}, {}, {}, tuning).name, "moe_large_batch_fp32acc");
+  EXPECT_EQ(select_moe_kernel(3, true, {}, {}, {}, tuning).name, "moe_decode_fp32acc");
+  EXPECT_EQ(select_moe_kernel(5, true, {}, {}, {}, tuning).name, "moe_prefill4_fp32acc");
+  EXPECT_EQ(select_moe_kernel(6, true, {}, {}, {}, tuning).name, "moe_large_batch_fp32acc");
 }
 
 TEST(TuningTable, BitsOfALayer) {
