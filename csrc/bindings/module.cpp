@@ -383,9 +383,7 @@ PYBIND11_MODULE(_core, m) {
         return py::bytes(image);
       },
       "library"_a, "kernel"_a, "architecture"_a, "constants"_a = std::map<uint32_t, uint32_t>(),
-      "The cubin of a kernel of the metallib for compute capability `architecture` (90: sm_90); its function "
-      "constants, "
-      "by index, have the bits `constants`.");
+      "The cubin of a kernel for compute capability `architecture` (90: sm_90), function constants by index.");
   m.def("set_exact_seed", &set_exact_seed, "seed"_a, "Seed of the exact engine's schedule.");
   define_known_calls(m);
   define_linear(m);
