@@ -32,7 +32,7 @@ from metal_moe.timing import synchronize
 from torch import Tensor
 
 SIZES = ["64x64", "64x256", "1024x1024"]
-# Calls in a row, of which one is timed: launches overlap with what runs.
+# Calls in a row at most, of which one is timed: launches overlap with what runs.
 IN_A_ROW = 50
 # Adapters of the operation with one for each token.
 ADAPTERS = 8
@@ -74,22 +74,28 @@ def double(value: Tensor) -> Tensor:
 def times(calls: dict[str, Call], device: torch.device, budget: float) -> dict[str, dict[str, float]]:
     """Microseconds of a call that is waited for ("wait") and of one of many ("row"), by implementation."""
     seconds: dict[str, dict[str, list[float]]] = {name: {"wait": [], "row": []} for name in calls}
+    in_a_row: dict[str, int] = {}
+    for name, call in calls.items():
+        call()  # compiles, allocates
+        in_a_row[name] = max(1, min(IN_A_ROW, int(budget / 3 / _elapsed(call, device, 1))))
     end = time.perf_counter() + budget * len(calls)
-    warm = False
     while time.perf_counter() < end or min(len(one["row"]) for one in seconds.values()) < 3:
         for name, call in calls.items():
-            for kind, count in (("wait", 1), ("row", IN_A_ROW)):
-                synchronize(device)
-                start = time.perf_counter()
-                for _ in range(count):
-                    call()
-                synchronize(device)
-                if warm:
-                    seconds[name][kind].append((time.perf_counter() - start) / count)
-        warm = True
+            seconds[name]["wait"].append(_elapsed(call, device, 1))
+            seconds[name]["row"].append(_elapsed(call, device, in_a_row[name]))
     return {
         name: {kind: statistics.median(values) * 1e6 for kind, values in one.items()} for name, one in seconds.items()
     }
+
+
+def _elapsed(call: Call, device: torch.device, count: int) -> float:
+    """Seconds of one of `count` calls, after which the device is waited for."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / count
 
 
 def line(

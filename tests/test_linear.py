@@ -1,5 +1,7 @@
 """`matmul` and `lora` against float64: shapes, layouts, kernels, engines, errors, gradients."""
 
+import functools
+
 import cases
 import metal_moe
 import numpy as np
@@ -143,8 +145,9 @@ def test_size_decides(monkeypatch, device):
 
 def test_default_limit(device):
     engine = metal_moe.device_info(device)["engine"]
-    limit = tuning.matmul_limit(engine, torch.bfloat16)
-    assert limit == tuning.default_matmul_limit(engine) > 0
+    for dtype in DTYPES.values():
+        assert tuning.matmul_limit(engine, dtype) == tuning.default_matmul_limit(engine, dtype)
+    assert tuning.default_matmul_limit(engine, torch.bfloat16) > 0
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -447,7 +450,9 @@ def test_compile(dynamic):
 def test_matmul_gradients(a_shape, b_shape):
     """Those of torch.matmul, with our forward pass wherever it takes the shapes."""
     grads = []
-    for product in (metal_moe.matmul, torch.matmul):
+    takes = 0 not in a_shape and all(2 <= len(shape) <= 3 for shape in (a_shape, b_shape))
+    ours = functools.partial(metal_moe.matmul, kernel="metal_moe" if takes else None)
+    for product in (ours, torch.matmul):
         a = normal(*a_shape).to(cases.DEVICE).requires_grad_()
         b = normal(*b_shape, seed=1).to(cases.DEVICE).requires_grad_()
         out = product(a, b)
@@ -496,13 +501,13 @@ def test_lora_gradients(stacked, per_adapter):
 
 def test_modes():
     a, b = normal(4, 8).to(cases.DEVICE), normal(8, 4, seed=1).to(cases.DEVICE)
-    expected = metal_moe.matmul(a, b)
+    expected = metal_moe.matmul(a, b, kernel="gemv")
     assert not expected.requires_grad
     a.requires_grad_()
-    assert metal_moe.matmul(a, b).requires_grad
+    assert metal_moe.matmul(a, b, kernel="gemv").requires_grad
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            out = metal_moe.matmul(a, b)
+            out = metal_moe.matmul(a, b, kernel="gemv")
         assert torch.equal(out, expected) and not out.requires_grad
 
 

@@ -183,7 +183,7 @@ def test_matmul_uses_the_table(table, device):
         write(table, device, matmul={"fp32": limit})
         metal_moe.matmul(a, b)
         assert (metal_moe.last_dispatch()["family"] != "torch") == ours
-    assert tuning.matmul_limit(engine, torch.bfloat16) == tuning.default_matmul_limit(engine)
+    assert tuning.matmul_limit(engine, torch.bfloat16) == tuning.default_matmul_limit(engine, torch.bfloat16)
 
 
 def test_other_devices_and_versions_are_not_used(table, device):
@@ -253,7 +253,7 @@ def test_matmul_limits_that_make_no_sense(table, device, limits):
     engine, _ = engine_of(device)
     with pytest.warns(RuntimeWarning, match="matmul"):
         write(table, device, matmul=limits)
-    assert tuning.matmul_limit(engine, torch.bfloat16) == tuning.default_matmul_limit(engine)
+    assert tuning.matmul_limit(engine, torch.bfloat16) == tuning.default_matmul_limit(engine, torch.bfloat16)
 
 
 def test_reset(table, capsys, device):
@@ -267,7 +267,7 @@ def test_reset(table, capsys, device):
     assert result["layers"] == [] and result["measured"] is None
     assert tuning.read(table) == [other]
     assert family(9) == default_family(9)
-    assert tuning.matmul_limit(engine, torch.bfloat16) == tuning.default_matmul_limit(engine)
+    assert tuning.matmul_limit(engine, torch.bfloat16) == tuning.default_matmul_limit(engine, torch.bfloat16)
     status, out, _ = run(capsys, "--reset", "--device", str(device))
     assert status == 0 and "nothing is measured any more" in out
 
@@ -276,7 +276,9 @@ def test_show_without_a_table(table, capsys, device):
     status, out, err = run(capsys, "--show", "--device", str(device))
     assert status == 0 and "defaults" in out and str(table) in out and not table.exists()
     result = run_json(capsys, device, "--show")
-    assert result["defaults"]["matmul"] == tuning.default_matmul_limit(result["engine"])
+    assert result["defaults"]["matmul"] == {
+        name: tuning.default_matmul_limit(result["engine"], dtype) for name, dtype in DTYPES.items()
+    }
     assert result["layers"] == [] and set(result["matmul"]) == set(DTYPES)
 
 

@@ -35,8 +35,9 @@ THRESHOLDS = ("decode_tokens", "prefill4_tokens", "base_tokens")
 # Up to how many multiply-adds our kernel runs where nothing was measured. 64 x 256 by 256 x 256: microseconds on a GPU,
 # where launching takes as long. Nobody has measured it on an Apple GPU yet.
 DEFAULT_LIMIT = 64 * 256 * 256
-# bench/linear.py on the CPU: PyTorch's libraries take as long to call as our kernels, and their matrix units win early.
-DEFAULT_LIMITS = {"native": 64 * 64 * 64}
+# bench/linear.py on the CPU: in fp32 PyTorch's library is faster at every size, several times where calls follow each
+# other; in 16 bits ours is from 64 x 64 on, where the processor has no matrix units.
+DEFAULT_LIMITS = {("native", torch.float32): 0}
 
 
 class LayerRecord(TypedDict, total=False):
@@ -173,8 +174,8 @@ _limits: dict[str, dict[torch.dtype, int]] = {}
 _lock = threading.Lock()
 
 
-def default_matmul_limit(engine: str) -> int:
-    return DEFAULT_LIMITS.get(engine.partition(":")[0], DEFAULT_LIMIT)
+def default_matmul_limit(engine: str, dtype: torch.dtype) -> int:
+    return DEFAULT_LIMITS.get((engine.partition(":")[0], dtype), DEFAULT_LIMIT)
 
 
 def matmul_limit(engine: str, dtype: torch.dtype) -> int:
@@ -184,7 +185,7 @@ def matmul_limit(engine: str, dtype: torch.dtype) -> int:
         _core.default_tuning(engine)  # makes the engine, which reads the table
         limits = _limits.get(engine, {})  # another thread may be reading it: defaults until then
     limit = limits.get(dtype)
-    return default_matmul_limit(engine) if limit is None else limit
+    return default_matmul_limit(engine, dtype) if limit is None else limit
 
 
 def apply(engine: str, device_name: str) -> None:

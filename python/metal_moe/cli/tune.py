@@ -120,16 +120,16 @@ def run(options: argparse.Namespace, progress: Progress) -> dict:
 
 
 def _result(action: str, file: Path, engine: str, name: str, record: Record) -> dict:
-    limit = tuning.default_matmul_limit(engine)
+    limits = {name: tuning.default_matmul_limit(engine, dtype) for name, dtype in DTYPES.items()}
     return {
         "action": action,
         "table": str(file),
         "device": name,
         "engine": engine,
         "measured": record.get("date"),
-        "defaults": {**_core.default_tuning(engine), "matmul": limit},
+        "defaults": {**_core.default_tuning(engine), "matmul": limits},
         "layers": record.get("layers", []),
-        "matmul": {dtype: record.get("matmul", {}).get(dtype, limit) for dtype in DTYPES},
+        "matmul": limits | record.get("matmul", {}),
     }
 
 
@@ -373,7 +373,7 @@ def _tune_matmul(engine: str, device: torch.device, options: argparse.Namespace,
             )
             ratios.append((rows * size * size, math.log(ours / theirs)))
             bar.add(1, f"{rows} x {size} by {size} x {size}")
-        limits[name] = best_limit(ratios, tuning.default_matmul_limit(engine))
+        limits[name] = best_limit(ratios, tuning.default_matmul_limit(engine, DTYPES[name]))
     return limits
 
 
