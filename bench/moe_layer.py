@@ -11,7 +11,8 @@ dtype, both measured in the same run. docs/performance.md explains all of it. A 
 float64 ends the run with status 1.
 
 With --format our weights are quantised, and the floor has their bytes; the others compute with the dense weights, but
-for "metal_moe generic": the kernels that serve every format, in place of those compiled for this one.
+for "metal_moe generic": the kernels that serve every format, in place of those compiled for this one; and for MLX's
+gather_qmm, which on a CPU computes with ours where `mlx` is installed.
 """
 
 import argparse

@@ -34,7 +34,6 @@ def others(layer: int) -> dict[str, torch.Tensor]:
     return {
         f"{prefix}.mlp.gate.weight": torch.randn(4, 128),
         f"{prefix}.input_layernorm.weight": torch.ones(128),
-        f"{prefix}.mlp.shared_expert.gate_proj.weight": torch.randn(8, 128),
         f"{prefix}.self_attn.q_proj.weight": torch.randn(128, 128),
     }
 
@@ -212,6 +211,234 @@ def test_dense(names, block, tmp_path):
         gate, up, down = (tensors[f"model.layers.4.{block}.experts.{expert}.{n}.weight"] for n in names.values())
         assert torch.equal(experts.w1[expert], torch.cat([gate, up]))
         assert torch.equal(experts.w2[expert], down)
+
+
+def test_dense_experts_with_biases(tmp_path):
+    tensors = {}
+    for expert in range(2):
+        for projection, shape in (("gate_proj", (32, 64)), ("up_proj", (32, 64)), ("down_proj", (64, 32))):
+            name = f"model.layers.4.mlp.experts.{expert}.{projection}"
+            tensors |= {f"{name}.weight": torch.randn(shape), f"{name}.bias": torch.randn(shape[0])}
+    save_sharded(tmp_path, tensors)
+    experts = ExpertReader(tmp_path).read(4)
+    of_1 = {name: tensors[f"model.layers.4.mlp.experts.1.{name}_proj.bias"] for name in ("gate", "up", "down")}
+    assert torch.equal(experts.w1_bias[1], torch.cat([of_1["gate"], of_1["up"]]))
+    assert torch.equal(experts.w2_bias[1], of_1["down"])
+
+
+# -------------------------------------------------------------------------------------------------- dense and stacked
+
+STACKED = "model.layers.0.mlp.experts."
+# E, H, I: I and H in the ratios in which shapes alone could be taken for one another.
+SIZES = [(3, 64, 32), (3, 32, 32), (3, 32, 64), (2, 32, 16)]
+
+
+def fused_checkpoint(sizes: tuple, transposed: bool, bias: bool = True) -> dict[str, torch.Tensor]:
+    """gate_up_proj and down_proj as transformers stacks them, as [E, 2I, H] or (gpt-oss, Llama 4) [E, H, 2I]."""
+    experts, hidden, intermediate = sizes
+    generator = torch.Generator().manual_seed(3)
+    w1 = torch.randn(experts, 2 * intermediate, hidden, generator=generator).bfloat16()
+    w2 = torch.randn(experts, hidden, intermediate, generator=generator).bfloat16()
+    tensors = {STACKED + "gate_up_proj": w1.mT.contiguous() if transposed else w1}
+    tensors[STACKED + "down_proj"] = w2.mT.contiguous() if transposed else w2
+    if bias:
+        tensors[STACKED + "gate_up_proj_bias"] = torch.randn(w1.shape[:2], generator=generator).bfloat16()
+        tensors[STACKED + "down_proj_bias"] = torch.randn(w2.shape[:2], generator=generator).bfloat16()
+    return {**tensors, "model.layers.0.mlp.router.weight": torch.randn(experts, hidden)}
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(("model", "transposed"), [("gpt_oss", True), ("llama4_text", True), ("qwen3_moe", False)])
+def test_stacked_dense(sizes, model, transposed, tmp_path):
+    bias = model == "gpt_oss"
+    tensors = fused_checkpoint(sizes, transposed, bias)
+    save_sharded(tmp_path, tensors, 3, {"text_config": {"model_type": model}})
+    with ExpertReader(tmp_path) as reader:
+        experts = reader.read(0)
+    assert experts.source == "stacked" and experts.interleaved == (model == "gpt_oss")
+    w1, w2 = tensors[STACKED + "gate_up_proj"], tensors[STACKED + "down_proj"]
+    assert torch.equal(experts.w1, w1.mT if transposed else w1) and experts.w1.is_contiguous()
+    assert torch.equal(experts.w2, w2.mT if transposed else w2) and experts.w2.is_contiguous()
+    assert (experts.w1_bias is not None) == (experts.w2_bias is not None) == bias
+    if bias:
+        assert torch.equal(experts.w1_bias, tensors[STACKED + "gate_up_proj_bias"])
+        assert torch.equal(experts.w2_bias, tensors[STACKED + "down_proj_bias"])
+
+
+def test_stacked_dense_stays_in_the_mapped_file(tmp_path):
+    save_sharded(tmp_path, fused_checkpoint((3, 64, 32), False, False), 1)
+    with ExpertReader(tmp_path) as reader:
+        experts = reader.read(0)
+        for weights, name in ((experts.w1, "gate_up_proj"), (experts.w2, "down_proj")):
+            assert weights.data_ptr() == reader.checkpoint.get(STACKED + name).data_ptr()
+
+
+@pytest.mark.parametrize(("block", "suffix"), [("experts", ""), ("experts", ".weight"), ("switch_mlp", ".weight")])
+def test_stacked_dense_with_gate_and_up_apart(block, suffix, tmp_path):
+    shapes = {"gate_proj": (3, 32, 64), "up_proj": (3, 32, 64), "down_proj": (3, 64, 32)}
+    name = f"model.layers.0.mlp.{block}."
+    tensors = {f"{name}{projection}{suffix}": torch.randn(shape) for projection, shape in shapes.items()}
+    save_sharded(tmp_path, tensors)
+    experts = ExpertReader(tmp_path).read(0)
+    gate, up, down = tensors.values()
+    assert torch.equal(experts.w1, torch.cat([gate, up], 1)) and torch.equal(experts.w2, down)
+    assert experts.source == "stacked" and not experts.interleaved
+
+
+WRONG_STACKED = {
+    "sizes that do not fit": (
+        lambda t: {**t, STACKED + "down_proj": torch.zeros(3, 48, 64).bfloat16()},
+        r"gate_up_proj and down_proj are \[3, 64, 64\] and \[3, 48, 64\]; they must be",
+    ),
+    "one of them transposed": (
+        lambda t: {**t, STACKED + "gate_up_proj": torch.zeros(3, 64, 32).bfloat16()},
+        r"gate_up_proj and down_proj are \[3, 64, 32\] and \[3, 32, 64\]; they must be",
+    ),
+    "two dimensions": (
+        lambda t: {**t, STACKED + "down_proj": torch.zeros(32, 64)},
+        r"has shape \(32, 64\); it must be",
+    ),
+    "other numbers of experts": (
+        lambda t: {**t, STACKED + "down_proj": torch.zeros(2, 32, 64).bfloat16()},
+        r"has shape \(2, 32, 64\); it must be \[3, any, any\]",
+    ),
+    "integers": (
+        lambda t: {**t, STACKED + "gate_up_proj": torch.zeros(3, 64, 64).int()},
+        "weight is int32; it must be",
+    ),
+    "two types": (lambda t: {**t, STACKED + "down_proj": torch.zeros(3, 32, 64)}, "float32; it must be bfloat16"),
+    "no down": (lambda t: without(t, STACKED + "down_proj"), "a tensor is missing: .*down, weight"),
+    "gate beside gate_up": (
+        lambda t: {**t, STACKED + "gate_proj": torch.zeros(3, 32, 64)},
+        "there are gate_up_proj and gate_proj",
+    ),
+    "a bias of another shape": (
+        lambda t: {**t, STACKED + "gate_up_proj_bias": torch.zeros(3, 64).bfloat16()[:2].clone()},
+        r"w1_bias has shape \(2, 64\); it must be \[3, 64\]",
+    ),
+    "a bias of another type": (
+        lambda t: {**t, STACKED + "down_proj_bias": torch.zeros(3, 64)},
+        "w2_bias is float32; it must be bfloat16",
+    ),
+    "no experts at all": (
+        lambda t: {
+            **t,
+            STACKED + "gate_up_proj": torch.zeros(0, 64, 64),
+            STACKED + "down_proj": torch.zeros(0, 32, 64),
+        },
+        r"the tensors have no experts, \[0, 64, 64\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_STACKED)
+def test_stacked_checkpoints_that_are_wrong(case, tmp_path):
+    change, message = WRONG_STACKED[case]
+    config = {"model_type": "gpt_oss"}
+    save_sharded(tmp_path, change(fused_checkpoint((3, 64, 32), True)), config=config)
+    with pytest.raises(ValueError, match=message) as error:
+        ExpertReader(tmp_path).read(0)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_stacked_rows_of_unknown_order_are_refused(tmp_path):
+    """Biases say gpt-oss, whose rows of gate and up alternate; but that stands in config.json."""
+    save_sharded(tmp_path, fused_checkpoint((3, 64, 32), True))
+    with pytest.raises(ValueError, match="config.json names no model_type"):
+        ExpertReader(tmp_path).read(0)
+
+
+# ------------------------------------------------------------------------------------------------------ shared experts
+
+
+def shared_tensors(kind: str, prefix: str, hidden: int = 128, intermediate: int = 128) -> dict[str, torch.Tensor]:
+    """The MLP beside the experts, as EXL3's, MLX's and dense checkpoints hold it."""
+    tensors = {}
+    for seed, projection in enumerate(("gate_proj", "up_proj", "down_proj")):
+        rows, columns = (hidden, intermediate) if projection == "down_proj" else (intermediate, hidden)
+        if kind == "exl3":
+            linear = exl3_linear(columns, rows, 4, seed=seed)
+        elif kind == "mlx":
+            generator = torch.Generator().manual_seed(seed)
+            parts = mlx_quantize(
+                to_mlx(torch.randn(rows, columns, generator=generator).numpy(), "bfloat16"), 64, 4, "affine"
+            )
+            linear = dict(zip(("weight", "scales", "biases"), parts, strict=True))
+        else:
+            linear = {"weight": torch.randn(rows, columns).bfloat16()}
+        tensors |= {f"{prefix}{projection}.{key}": tensor for key, tensor in linear.items()}
+    return tensors
+
+
+def one(weights) -> torch.Tensor:
+    return weights.dequantize() if isinstance(weights, QuantizedExperts) else weights
+
+
+@pytest.mark.parametrize("kind", ["exl3", "mlx", "dense"])
+@pytest.mark.parametrize("name", ["shared_experts", "shared_expert"])
+def test_shared_experts(kind, name, tmp_path):
+    prefix = f"model.layers.1.mlp.{name}."
+    tensors = exl3_checkpoint(QWEN, "mlp", {"gate": 4, "up": 4, "down": 4}, (128, 128), 2)
+    tensors |= shared_tensors(kind, prefix)
+    gate = torch.randn(1, 128).bfloat16()
+    if name == "shared_expert":
+        tensors["model.layers.1.mlp.shared_expert_gate.weight"] = gate
+    save_sharded(tmp_path, tensors, 2, {"quantization": {"group_size": 64, "bits": 4}})
+    with ExpertReader(tmp_path) as reader:
+        experts, without_shared = reader.read(1), reader.read(2)
+    assert without_shared.shared_w1 is None and without_shared.shared_w2 is None
+    expected = []
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        linear = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.startswith(prefix + projection)}
+        if kind == "exl3":
+            expected.append(QuantizedExperts.from_exl3([linear]).dequantize())
+        elif kind == "mlx":
+            expected.append(QuantizedExperts.from_mlx(*(t[None] for t in linear.values())).dequantize())
+        else:
+            expected.append(linear["weight"][None])
+    assert torch.equal(one(experts.shared_w1), torch.cat(expected[:2], 1))
+    assert torch.equal(one(experts.shared_w2), expected[2])
+    if name == "shared_expert":
+        assert torch.equal(experts.shared_gate, gate)
+    else:
+        assert experts.shared_gate is None
+
+
+SHARED = "model.layers.1.mlp.shared_experts."
+WRONG_SHARED = {
+    "a projection missing": (lambda t: without(t, SHARED + "up_proj.weight"), "a tensor is missing: .*up_proj"),
+    "kinds that differ": (
+        lambda t: {**t, SHARED + "up_proj.scales": torch.zeros(128, 2)},
+        "gate, up and down are dense and mlx",
+    ),
+    "sizes that differ": (
+        lambda t: {**t, SHARED + "up_proj.weight": torch.zeros(64, 128).bfloat16()},
+        r"gate, up and down are \[\(128, 128\), \(64, 128\), \(128, 128\)\]",
+    ),
+    "another hidden size": (
+        lambda t: {**t, **shared_tensors("dense", SHARED, 96, 128)},
+        "shared experts have a hidden size of 96; it must be 128",
+    ),
+    "three dimensions": (
+        lambda t: {**t, SHARED + "gate_proj.weight": torch.zeros(1, 128, 128).bfloat16()},
+        r"weight has shape \(1, 128, 128\)",
+    ),
+    "a bias": (lambda t: {**t, SHARED + "up_proj.bias": torch.zeros(128)}, "with a bias are not read"),
+    "a gate of another shape": (
+        lambda t: {**t, "model.layers.1.mlp.shared_expert_gate.weight": torch.zeros(2, 128)},
+        r"is torch.float32 \[2, 128\]; it must be float \[1, 128\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SHARED)
+def test_shared_experts_that_are_wrong(case, tmp_path):
+    change, message = WRONG_SHARED[case]
+    tensors = exl3_checkpoint(QWEN, "mlp", {"gate": 2, "up": 2, "down": 2}, (128, 128), 1)
+    save_sharded(tmp_path, change({**tensors, **shared_tensors("dense", SHARED)}))
+    with pytest.raises(ValueError, match=message) as error:
+        ExpertReader(tmp_path).read(1)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_what_metal_moe_wrote(tmp_path):

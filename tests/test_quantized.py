@@ -8,11 +8,12 @@ import reference
 import torch
 from cases import DTYPES, ENGINES, FAMILIES, Layer, assert_close, make_layer
 from metal_moe import QuantizedExperts
+from test_formats_trellis import exl3_linear
 
 AFFINE = [
     {"format": "affine", "bits": bits, "group_size": group} for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)
 ]
-FORMATS = [*AFFINE, {"format": "mxfp4"}, {"format": "mxfp8"}, {"format": "nvfp4"}]
+FORMATS = [*AFFINE, {"format": "mxfp4"}, {"format": "mxfp8"}, {"format": "nvfp4"}, {"format": "dense"}]
 TOKENS = {"moe_decode": 1, "moe_prefill4": 7, "moe_base": 9, "moe_large_batch": 20, "moe_simd": 20}
 # hidden, intermediate, bits: no multiples of a stage or of what a simdgroup takes at a time, some beyond it.
 SIZES = {"native": [(32, 32, 4), (96, 32, 3), (160, 96, 5), (1056, 64, 4), (64, 1088, 6)]}
@@ -33,7 +34,7 @@ def reference_of(layer: Layer, w1, w2):
     def dense(w):
         return w.dequantize(torch.float64) if isinstance(w, QuantizedExperts) else w
 
-    options = {k: v for k, v in layer.options.items() if k not in ("use_fp32_acc", "kernel")}
+    options = {k: dense(v) for k, v in layer.options.items() if k not in ("use_fp32_acc", "kernel")}
     return reference.experts(layer.hidden_states, dense(w1), dense(w2), layer.topk_weights, layer.topk_ids, **options)
 
 
@@ -112,6 +113,107 @@ def test_one_product_quantised(use_engine, engine, family):
     check(layer, quantized(layer.w1), layer.w2, kernel=family)
     check(layer, layer.w1, quantized(layer.w2), kernel=family, use_fp32_acc=False)
     assert metal_moe.last_dispatch()["family"] == family + "_fp32acc"
+
+
+AFFINE_4 = {"format": "affine", "bits": 4, "group_size": 32}
+# w1, w2, shared_w1, shared_w2; None: the dense tensor.
+SHARED = {
+    "quantised": (AFFINE_4, {"format": "mxfp4"}, {**AFFINE_4, "bits": 8}, {"format": "nvfp4"}),
+    "dense_shared": ({"bits": {"gate": 6, "up": 2}, "group_size": 32}, AFFINE_4, None, None),
+    "dense_routed": (None, None, {"bits": {"gate": 3, "up": 5}, "group_size": 32}, {"format": "mxfp8"}),
+    "only_w1": (AFFINE_4, None, {"format": "mxfp4"}, None),
+    "only_w2": (None, {"format": "nvfp4"}, None, None),
+    "crosswise": (AFFINE_4, None, None, AFFINE_4),
+}
+
+
+def shared_layer(kind: str, tokens: int, dtype: torch.dtype, intermediate: int = 64, **options) -> tuple:
+    """A layer with two shared experts, whose intermediate size is another; its w1 and w2."""
+    layer = make_layer(tokens, 96, intermediate, 4, 2, dtype, shared=2, shared_intermediate=160, **options)
+    w1, w2, shared_w1, shared_w2 = SHARED[kind]
+    for name, settings in (("shared_w1", shared_w1), ("shared_w2", shared_w2)):
+        if settings:
+            layer.options[name] = quantized(layer.options[name], **settings)
+    return layer, quantized(layer.w1, **w1) if w1 else layer.w1, quantized(layer.w2, **w2) if w2 else layer.w2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", SHARED)
+def test_shared_experts(use_engine, engine, family, kind):
+    """Shared experts of other sizes, bits and formats than the routed ones, in the same dispatches as ever."""
+    use_engine(engine)
+    for dtype, weights, routing in ((torch.float32, True, "dropped"), (torch.bfloat16, False, "random")):
+        if engine == "exact" and weights is False:
+            continue
+        layer, w1, w2 = shared_layer(kind, TOKENS[family], dtype, shared_weights=weights, bias=True, routing=routing)
+        check(layer, w1, w2, kernel=family)
+        ran = metal_moe.last_dispatch()
+        assert ran["dispatches"] == (2 if family == "moe_decode" else 4) and ran["family"] == family + "_fp32acc"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("activation", ["relu2", "gelu_tanh", "swiglu_clamp"])
+def test_shared_experts_activations_and_interleaving(use_engine, engine, family, activation):
+    use_engine(engine)
+    interleaved = activation == "swiglu_clamp"
+    options = {"activation": activation, "interleaved": interleaved, "shared_weights": True}
+    for kind in ("quantised", "only_w1", "only_w2", "crosswise"):
+        layer, w1, w2 = shared_layer(kind, TOKENS[family], torch.float16, **options)
+        check(layer, w1, w2, kernel=family)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_shared_experts_wider_and_narrower_than_a_simdgroup_takes(use_engine, engine):
+    """decode's down divides the K of all slots among simdgroups, whatever each slot has of it."""
+    use_engine(engine)
+    for intermediate, shared in ((64, 1056), (1056, 32), (1056, 1056)):
+        layer = make_layer(1, 64, intermediate, 3, 2, torch.float32, shared=1, shared_intermediate=shared, bias=True)
+        for name in ("shared_w1", "shared_w2"):
+            layer.options[name] = quantized(layer.options[name], **AFFINE_4)
+        check(layer, quantized(layer.w1, **AFFINE_4), quantized(layer.w2, **AFFINE_4))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_shared_experts_beside_trellis(use_engine, engine, tokens):
+    """They run after the routed ones; so do trellis ones beside others."""
+    use_engine(engine)
+
+    def trellis(count: int) -> list[QuantizedExperts]:
+        """w1 and w2 of 128 by 128."""
+        return [
+            QuantizedExperts.from_exl3([exl3_linear(128, rows, 4, seed=seed + e) for e in range(count)])
+            for rows, seed in ((256, 1), (128, 9))
+        ]
+
+    for kind in ("routed", "shared"):
+        layer = make_layer(tokens, 128, 128, 2, 2, torch.float32, shared=1, shared_weights=tokens == 5, bias=True)
+        if kind == "routed":
+            w1, w2 = trellis(2)
+            if tokens == 5:
+                for name in ("shared_w1", "shared_w2"):
+                    layer.options[name] = quantized(layer.options[name], **AFFINE_4)
+        else:
+            w1, w2 = layer.w1, (quantized(layer.w2, **AFFINE_4) if tokens == 5 else layer.w2)
+            layer.options["shared_w1"], layer.options["shared_w2"] = trellis(1)
+        check(layer, w1, w2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_experts_among_quantised_ones(use_engine, engine, family):
+    """Of types of their own, whatever the activations are."""
+    use_engine(engine)
+    layer = make_layer(TOKENS[family], 96, 64, 4, 3, torch.float32, routing="dropped")
+    kinds = [(torch.float16, "dense"), (torch.float32, "mxfp4"), (torch.bfloat16, "dense"), (torch.float32, "dense")]
+
+    def mixed(w: torch.Tensor) -> QuantizedExperts:
+        each = [quantized(w[e : e + 1].to(dtype), format=name) for e, (dtype, name) in enumerate(kinds)]
+        return QuantizedExperts.cat(each)
+
+    check(layer, mixed(layer.w1), mixed(layer.w2), kernel=family)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -213,6 +315,7 @@ def test_what_is_refused():
     layer = make_layer(2, 128, 128, 4, 2, torch.float32)
     w1, w2 = quantized(layer.w1), quantized(layer.w2)
     pair = quantized(layer.w1, bits={"gate": 4, "up": 2})
+    biased = quantized(layer.w1, bias=torch.zeros(4, 256))
     trellis = quantized(layer.w2[:1], format="trellis", bits=8)
 
     def run(first, second, **options):
@@ -220,7 +323,17 @@ def test_what_is_refused():
         return metal_moe.fused_experts(x, first, second, weights, ids, **options)
 
     for text, call in {
-        "shared_w1 is given; it must be None where w1 or w2 is quantised": lambda: run(w1, w2, shared_w1=layer.w1),
+        "shared_w2, dense beside quantised experts: the matrix has 40 columns; it must be a multiple of 32": lambda: (
+            run(w1, w2, shared_w1=layer.w1[:1, :80].contiguous(), shared_w2=layer.w2[:1, :, :40].contiguous())
+        ),
+        r"shared_w2 has shape \(4, 128, 64\); it must be": lambda: run(
+            w1, w2, shared_w1=w1, shared_w2=layer.w2[:, :, :64].contiguous()
+        ),
+        "shared_w1 is with a bias; it must be without": lambda: run(w1, w2, shared_w1=biased, shared_w2=w2),
+        "shared_weights has shape": lambda: run(w1, w2, shared_w1=w1, shared_w2=w2, shared_weights=torch.ones(2, 3)),
+        "interleaved is True; it must be False where gate and up of shared_w1": lambda: run(
+            w1, w2, shared_w1=pair, shared_w2=w2, interleaved=True
+        ),
         "interleaved is True; it must be False where gate and up": lambda: run(pair, w2, interleaved=True),
         'w1 is a pair of gate and up; it must be one matrix per expert with activation "relu2"': lambda: run(
             pair, w2, activation="relu2"
@@ -237,6 +350,12 @@ def test_what_is_refused():
         run(w1, [1])
     with pytest.raises(TypeError, match="w2 is torch.float16; it must be torch.float32"):
         run(w1, layer.w2.half())
+    with pytest.raises(TypeError, match="shared_w2 is None; it must be a torch.Tensor where shared_w1 is given"):
+        run(w1, w2, shared_w1=w1)
+    with pytest.raises(TypeError, match="shared_w1 is torch.float16; it must be torch.float32"):
+        run(w1, w2, shared_w1=layer.w1.half(), shared_w2=layer.w2)
+    with pytest.raises(TypeError, match="shared_w2 is None; it must be a torch.Tensor where shared_w1 is given"):
+        run(layer.w1, layer.w2, shared_w1=quantized(layer.w1[:1], format="trellis", bits=8))
 
 
 def test_buffers_that_are_not_aligned_are_refused(use_engine):
@@ -265,6 +384,7 @@ def flat_arguments(layer: Layer, w1: QuantizedExperts, w2: QuantizedExperts) -> 
         list(w1.shape),
         buffers(w2.parts["weight"]),
         list(w2.shape),
+        *([], [], [], []),  # no shared experts
         *routes,
     )
 
@@ -276,7 +396,7 @@ def test_the_operator_under_opcheck_and_in_a_compiled_graph(use_engine):
     arguments = flat_arguments(layer, w1, w2)
     torch.library.opcheck(torch.ops.metal_moe.fused_experts_quantized, arguments)
     logits = torch.randn(3, 4)
-    torch.library.opcheck(torch.ops.metal_moe.fused_moe_quantized, (*arguments[:5], logits, 2))
+    torch.library.opcheck(torch.ops.metal_moe.fused_moe_quantized, (*arguments[:9], logits, 2))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(*tensors):

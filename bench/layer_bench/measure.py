@@ -10,15 +10,17 @@ from .cases import Call, Case, Quantized
 from .ceilings import Ceilings
 from .check import Expected
 from .clock import Run, Timing, time_graph, time_in_turn
+from .mlx_peer import installed, mlx_layer
 
 OURS, OURS_GRAPH = "metal_moe", "metal_moe_graph"
 # Of quantised weights, by the kernels that serve every format: what compiling them for this one brings.
 GENERIC, GENERIC_GRAPH = "metal_moe_generic", "metal_moe_generic_graph"
 LOOP, NAIVE, GROUPED, GROUPED_GRAPH = "loop", "naive_indexing", "grouped_mm", "grouped_mm_graph"
+MLX = "mlx_gather_qmm"
 # Naive indexing copies weights per assignment: where its largest copy is beyond this it is left out.
 NAIVE_LIMIT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 # Each peer beside that of our times which is taken the same way.
-RATIOS = {LOOP: OURS, NAIVE: OURS, GROUPED: OURS, GROUPED_GRAPH: OURS_GRAPH}
+RATIOS = {LOOP: OURS, NAIVE: OURS, GROUPED: OURS, GROUPED_GRAPH: OURS_GRAPH, MLX: OURS}
 RATIOS |= {GENERIC: OURS, GENERIC_GRAPH: OURS_GRAPH}
 
 
@@ -58,6 +60,8 @@ def measure(case: Case, ceilings: Ceilings, *, kernel: str | None, rounds: int, 
     implementations = {OURS: run_ours, **peers(case.calls[0])}
     if case.quantized:
         implementations[GENERIC] = generic(run_ours)
+    if case.quantized and case.device.type == "cpu" and installed():
+        implementations[MLX] = mlx_layer(case.quantized)
     expected = Expected(case.calls[0])
     # Each against the weights that it computes with.
     our_expected = Expected(case.calls[0], case.quantized) if case.quantized else expected
@@ -65,7 +69,7 @@ def measure(case: Case, ceilings: Ceilings, *, kernel: str | None, rounds: int, 
     ran = metal_moe.last_dispatch()
     for name, run in implementations.items():
         if name != OURS:
-            errors[name] = (our_expected if name == GENERIC else expected).error(run(case.calls[0]))
+            errors[name] = (our_expected if name in (GENERIC, MLX) else expected).error(run(case.calls[0]))
     times = time_in_turn(implementations, case.calls, case.device, rounds, budget)
     notes: list[str] = []
     if case.device.type == "cuda":

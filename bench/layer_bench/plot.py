@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .measure import GROUPED, GROUPED_GRAPH, LOOP, NAIVE, OURS, OURS_GRAPH
+from .measure import GROUPED, GROUPED_GRAPH, LOOP, MLX, NAIVE, OURS, OURS_GRAPH
 from .report import on_gpu, time_unit
 from .result import weights_of
 
@@ -16,6 +16,7 @@ LINES = {
     GROUPED: ("PyTorch grouped_mm", "#e69f00", "-", "s"),
     NAIVE: ("naive indexing", "#999999", ":", "^"),
     LOOP: ("PyTorch loop", "#666666", ":", "v"),
+    MLX: ("MLX gather_qmm", "#8c6d1f", "-.", "D"),
 }
 
 

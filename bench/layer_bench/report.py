@@ -2,7 +2,7 @@
 
 from metal_moe.cli.text import table
 
-from .measure import GENERIC, GENERIC_GRAPH, GROUPED, GROUPED_GRAPH, LOOP, NAIVE, OURS, OURS_GRAPH
+from .measure import GENERIC, GENERIC_GRAPH, GROUPED, GROUPED_GRAPH, LOOP, MLX, NAIVE, OURS, OURS_GRAPH
 from .result import weights_of
 
 
@@ -76,6 +76,7 @@ def peers(result: dict) -> str:
     unit, per_second = time_unit(result)
     names = [LOOP, NAIVE, GROUPED, *([GROUPED_GRAPH] if on_gpu(result) else [])]
     names += [name for name in (GENERIC, GENERIC_GRAPH) if any(name in row["seconds"] for row in result["results"])]
+    names += [MLX] if any(MLX in row["ratios"] for row in result["results"]) else []
     headings = ["model", "tokens"]
     for name in names:
         headings += [f"{name.replace('_', ' ')} {unit}", "ratio"]

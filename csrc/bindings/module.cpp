@@ -51,9 +51,9 @@ QuantizedPart read_part(Context& context, const py::sequence& tensors, size_t fi
 
 /// Weights: a list of one dense tensor, or of four or eight buffers of one or two quantised parts.
 void read_weights(Context& context, py::handle weights, const char* name, TensorView& dense, QuantizedPart& first,
-                  QuantizedPart* second) {
+                  QuantizedPart* second, bool optional = false) {
   if (!PyList_Check(weights.ptr()) && !PyTuple_Check(weights.ptr())) {
-    dense = read_tensor(context, weights, name, 3);
+    dense = read_tensor(context, weights, name, 3, optional);
     return;
   }
   const auto tensors = py::reinterpret_borrow<py::sequence>(weights);
@@ -77,11 +77,14 @@ ExpertsLayer experts_layer(Context& context, py::handle w1, py::handle w2, py::h
                            py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation,
                            bool interleaved, float alpha, float limit, bool fp32_acc,
                            const std::optional<std::string>& family, int64_t intermediate, bool trellis,
-                           const MatrixCodes& codes) {
+                           const MatrixCodes& codes, int64_t shared_intermediate) {
   ExpertsLayer layer;
   read_weights(context, w1, "w1", layer.w1, layer.gate, &layer.up);
   read_weights(context, w2, "w2", layer.w2, layer.down, nullptr);
   layer.intermediate = size_argument("intermediate size of w2", intermediate);
+  read_weights(context, shared_w1, "shared_w1", layer.shared_w1, layer.shared_gate, &layer.shared_up, true);
+  read_weights(context, shared_w2, "shared_w2", layer.shared_w2, layer.shared_down, nullptr, true);
+  layer.shared_intermediate = size_argument("intermediate size of shared_w2", shared_intermediate);
   layer.trellis = trellis;
   if (codes && specialization_enabled()) {
     layer.gate.code = (*codes)[0];
@@ -90,8 +93,6 @@ ExpertsLayer experts_layer(Context& context, py::handle w1, py::handle w2, py::h
   }
   layer.bias1 = read_tensor(context, b1, "w1_bias", 2, true);
   layer.bias2 = read_tensor(context, b2, "w2_bias", 2, true);
-  layer.shared_w1 = read_tensor(context, shared_w1, "shared_w1", 3, true);
-  layer.shared_w2 = read_tensor(context, shared_w2, "shared_w2", 3, true);
   layer.shared_weights = read_tensor(context, shared_weights, "shared_weights", 2, true);
   layer.activation = enumerator("activation", activation, ACTIVATION_SWIGLU_CLAMP);
   layer.interleaved = interleaved;
@@ -155,13 +156,13 @@ void fused_experts(std::string_view engine_name, py::handle x, py::handle w1, py
                    py::handle topk_ids, py::handle out, py::handle b1, py::handle b2, py::handle shared_w1,
                    py::handle shared_w2, py::handle shared_weights, int activation, bool interleaved, float alpha,
                    float limit, bool fp32_acc, const std::optional<std::string>& family, int64_t intermediate,
-                   bool trellis, const MatrixCodes& codes) {
+                   bool trellis, const MatrixCodes& codes, int64_t shared_intermediate) {
   ExpertsCall call;
   call.engine = &MoeEngine::get(engine_name);
   Context& context = call.engine->context();
   call.x = read_tensor(context, x, "hidden_states", 2);
   call.layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation, interleaved,
-                             alpha, limit, fp32_acc, family, intermediate, trellis, codes);
+                             alpha, limit, fp32_acc, family, intermediate, trellis, codes, shared_intermediate);
   call.weights = read_tensor(context, topk_weights, "topk_weights", 2);
   call.ids = read_tensor(context, topk_ids, "topk_ids", 2);
   run_experts(call, packing_of(call).get(), out);
@@ -172,13 +173,13 @@ void fused_moe(std::string_view engine_name, py::handle x, py::handle w1, py::ha
                int group_score, bool renormalize, std::optional<float> renormalize_epsilon, float scale, py::handle b1,
                py::handle b2, py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation,
                bool interleaved, float alpha, float limit, bool fp32_acc, const std::optional<std::string>& family,
-               int64_t intermediate, bool trellis, const MatrixCodes& codes) {
+               int64_t intermediate, bool trellis, const MatrixCodes& codes, int64_t shared_intermediate) {
   ExpertsCall call;
   call.engine = &MoeEngine::get(engine_name);
   Context& context = call.engine->context();
   call.x = read_tensor(context, x, "hidden_states", 2);
   call.layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation, interleaved,
-                             alpha, limit, fp32_acc, family, intermediate, trellis, codes);
+                             alpha, limit, fp32_acc, family, intermediate, trellis, codes, shared_intermediate);
   call.routed = true;
   call.logits = read_tensor(context, logits, "router_logits", 2);
   call.correction_bias = read_tensor(context, bias, "correction_bias", 1, true);
@@ -338,12 +339,12 @@ PYBIND11_MODULE(_core, m) {
   m.def("fused_experts", &fused_experts, "engine"_a, "x"_a, "w1"_a, "w2"_a, "topk_weights"_a, "topk_ids"_a, "out"_a,
         "b1"_a, "b2"_a, "shared_w1"_a, "shared_w2"_a, "shared_weights"_a, "activation"_a, "interleaved"_a, "alpha"_a,
         "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis"_a = false, "codes"_a = py::none(),
-        "The experts of a layer: out [T, H] from x [T, H].");
+        "shared_intermediate"_a = 0, "The experts of a layer: out [T, H] from x [T, H].");
   m.def("fused_moe", &fused_moe, "engine"_a, "x"_a, "w1"_a, "w2"_a, "logits"_a, "bias"_a, "out"_a, "top_k"_a,
         "scoring"_a, "groups"_a, "topk_groups"_a, "group_score"_a, "renormalize"_a, "renormalize_epsilon"_a, "scale"_a,
         "b1"_a, "b2"_a, "shared_w1"_a, "shared_w2"_a, "shared_weights"_a, "activation"_a, "interleaved"_a, "alpha"_a,
         "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis"_a = false, "codes"_a = py::none(),
-        "Routing and experts of a layer in one command buffer.");
+        "shared_intermediate"_a = 0, "Routing and experts of a layer in one command buffer.");
   m.def("gather_experts", &gather_experts, "engine"_a, "weights"_a, "ids"_a, "out"_a,
         "out [n, ...] = weights [E, ...] of the experts ids [n]; zeros where an id is out of range.");
   m.def("dequantize_trellis", &dequantize_trellis, "engine"_a, "codes"_a, "suh"_a, "svh"_a, "out"_a, "half_bits"_a,

@@ -48,15 +48,16 @@ void check_quantized(const char* argument, const QuantizedPart& part) {
   check("a table", part.table);
 }
 
-void check_quantized(const TensorView& x, const ExpertsLayer& layer, const LayerShape& shape, uint32_t x_row_stride) {
+void check_quantized(const TensorView& x, const ExpertsLayer& layer, uint32_t x_row_stride) {
   check_quantized("w1", layer.gate);
   check_quantized("w1", layer.up);
   check_quantized("w2", layer.down);
+  check_quantized("shared_w1", layer.shared_gate);
+  check_quantized("shared_w1", layer.shared_up);
+  check_quantized("shared_w2", layer.shared_down);
   if (layer.gate && !rows_aligned(x, x_row_stride))
     throw std::invalid_argument("hidden_states has rows that do not start at multiples of " +
                                 std::to_string(VECTOR_BYTES) + " bytes: must be aligned where w1 is quantised");
-  if (shape.shared > 0)
-    throw std::invalid_argument("shared_w1 is given: must be None where w1 or w2 is quantised");
 }
 
 /// Why `simd` cannot run a layer that is not vectorised.
@@ -125,7 +126,8 @@ uint32_t Encoding::bind_part(uint32_t index, const QuantizedPart& part) {
 uint32_t Encoding::gate_up_weights() {
   uint32_t index = 1;
   if (layer.gate) {
-    index = bind_part(bind_part(index, layer.gate), layer.up);
+    for (const QuantizedPart* part : {&layer.gate, &layer.up, &layer.shared_gate, &layer.shared_up})
+      index = bind_part(index, *part);
   } else {
     stream.bind(index++, layer.w1.view());
     stream.bind(index++, or_any(layer.shared_w1));
@@ -139,7 +141,7 @@ uint32_t Encoding::gate_up_weights() {
 uint32_t Encoding::down_weights() {
   uint32_t index = 1;
   if (layer.down) {
-    index = bind_part(index, layer.down);
+    index = bind_part(bind_part(index, layer.down), layer.shared_down);
   } else {
     stream.bind(index++, layer.w2.view());
     stream.bind(index++, or_any(layer.shared_w2));
@@ -183,8 +185,7 @@ void Encoding::decode() {
   index = down_weights();
   stream.bind(index++, ids.view);
   stream.bind(index++, weights.view);
-  if (!layer.down)
-    stream.bind(index++, shared_weights.view);
+  stream.bind(index++, shared_weights.view);
   stream.bind(index++, out.view());
   stream.bind_value(index, args);
   stream.threadgroup_memory(0, DOWN_DECODE_MEMORY_BYTES);
@@ -290,7 +291,10 @@ LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t t
   shape.experts = size_argument("experts of w2", layer.down ? layer.down.table.shape[0] : layer.w2.shape[0]);
   shape.intermediate = layer.down ? layer.intermediate : size_argument("intermediate size of w2", layer.w2.shape[2]);
   shape.top_k = size_argument("top_k", top_k);
-  if (layer.shared_w2) {
+  if (layer.shared_down) {
+    shape.shared = size_argument("experts of shared_w2", layer.shared_down.table.shape[0]);
+    shape.shared_intermediate = layer.shared_intermediate;
+  } else if (layer.shared_w2) {
     shape.shared = size_argument("experts of shared_w2", layer.shared_w2.shape[0]);
     shape.shared_intermediate = size_argument("intermediate size of shared_w2", layer.shared_w2.shape[2]);
   }
@@ -298,6 +302,8 @@ LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t t
   shape.gated = layer.activation != ACTIVATION_RELU2;
   shape.quantized_gate_up_bytes = part_bytes(layer.gate) + part_bytes(layer.up);
   shape.quantized_down_bytes = part_bytes(layer.down);
+  shape.quantized_shared_gate_up_bytes = part_bytes(layer.shared_gate) + part_bytes(layer.shared_up);
+  shape.quantized_shared_down_bytes = part_bytes(layer.shared_down);
   return shape;
 }
 
@@ -353,7 +359,7 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const ExpertsPacki
     return;
   const Vectorized aligned = vectorized(x, layer, shape, args.x_row_stride);
   if (shape.quantized())
-    check_quantized(x, layer, shape, args.x_row_stride);
+    check_quantized(x, layer, args.x_row_stride);
   else if (plan.family == Family::Simd && !(aligned.gate_up && aligned.down))
     throw_unaligned(x, layer, shape, args.x_row_stride);
 

@@ -33,7 +33,11 @@ struct ExpertsLayer {
   TensorView bias2;          // [E, H]
   TensorView shared_w1;      // [N, 2Is, H] or [N, Is, H]
   TensorView shared_w2;      // [N, H, Is]
-  TensorView shared_weights; // [T, N]; absent: 1
+  QuantizedPart shared_gate; // in place of shared_w1, where `gate` is given
+  QuantizedPart shared_up;
+  QuantizedPart shared_down;        // in place of shared_w2, where `down` is given
+  uint32_t shared_intermediate = 0; // Is, where `shared_down` is given
+  TensorView shared_weights;        // [T, N]; absent: 1
   Activation activation = ACTIVATION_SILU;
   bool interleaved = false;
   float alpha = 1.702f;

@@ -90,9 +90,10 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
       (chosen * shape.intermediate + size_t(shape.shared) * shape.shared_intermediate) * shape.hidden * item;
   plan.gate_up_weight_bytes = plan.down_weight_bytes * (shape.gated ? 2 : 1);
   if (shape.quantized_gate_up_bytes)
-    plan.gate_up_weight_bytes = chosen * shape.quantized_gate_up_bytes;
+    plan.gate_up_weight_bytes =
+        chosen * shape.quantized_gate_up_bytes + shape.shared * shape.quantized_shared_gate_up_bytes;
   if (shape.quantized_down_bytes)
-    plan.down_weight_bytes = chosen * shape.quantized_down_bytes;
+    plan.down_weight_bytes = chosen * shape.quantized_down_bytes + shape.shared * shape.quantized_shared_down_bytes;
   return plan;
 }
 

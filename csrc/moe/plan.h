@@ -20,6 +20,8 @@ struct LayerShape {
   /// Bytes of one expert's quantised weights; 0: dense.
   size_t quantized_gate_up_bytes = 0;
   size_t quantized_down_bytes = 0;
+  size_t quantized_shared_gate_up_bytes = 0;
+  size_t quantized_shared_down_bytes = 0;
 
   bool quantized() const { return quantized_gate_up_bytes || quantized_down_bytes; }
 };

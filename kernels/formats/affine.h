@@ -7,12 +7,19 @@ struct AffineRun {
   static constexpr constant uint FORMAT = FORMAT_AFFINE;
   static constexpr constant uint BITS = BITS_;
   static constexpr constant uint WORDS = BITS;
+  static constexpr constant bool LINEAR = true;
   uint words[WORDS];
   float first;  // scale
   float second; // bias
 
   void load(thread const QuantizedMatrix& matrix, uint row, uint run) thread {
-    load_codes(matrix.row_codes(row) + run * (WORDS * 4), matrix.aligned, words);
+    load_scales(matrix, row, run);
+    load_codes(matrix, row, run);
+  }
+  void load_codes(thread const QuantizedMatrix& matrix, uint row, uint run) thread {
+    read_codes(matrix.row_codes(row) + run * (WORDS * 4), matrix.aligned, words);
+  }
+  void load_scales(thread const QuantizedMatrix& matrix, uint row, uint run) thread {
     const uint group = run >> matrix.group_shift;
     first = load_scale(matrix.row_scales(row), group, matrix.scale_type);
     second = load_scale(matrix.row_biases(row), group, matrix.scale_type);

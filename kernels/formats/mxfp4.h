@@ -25,13 +25,20 @@ struct MxRun {
   static constexpr constant uint FORMAT = FORMAT_;
   static constexpr constant uint BITS = BITS_;
   static constexpr constant uint WORDS = BITS;
+  static constexpr constant bool LINEAR = false;
   static constexpr constant float UNIT = BITS == 4 ? E2M1_UNIT : E4M3_UNIT;
   uint words[WORDS];
   float first; // scale
   float second;
 
   void load(thread const QuantizedMatrix& matrix, uint row, uint run) thread {
-    load_codes(matrix.row_codes(row) + run * (WORDS * 4), matrix.aligned, words);
+    load_scales(matrix, row, run);
+    load_codes(matrix, row, run);
+  }
+  void load_codes(thread const QuantizedMatrix& matrix, uint row, uint run) thread {
+    read_codes(matrix.row_codes(row) + run * (WORDS * 4), matrix.aligned, words);
+  }
+  void load_scales(thread const QuantizedMatrix& matrix, uint row, uint run) thread {
     first = e8m0(matrix.row_scales(row)[run]);
     second = 0.0f;
   }
@@ -49,12 +56,19 @@ struct NvRun {
   static constexpr constant uint FORMAT = FORMAT_NVFP4;
   static constexpr constant uint BITS = 4;
   static constexpr constant uint WORDS = BITS;
+  static constexpr constant bool LINEAR = false;
   uint words[WORDS];
   float first; // scales
   float second;
 
   void load(thread const QuantizedMatrix& matrix, uint row, uint run) thread {
-    load_codes(matrix.row_codes(row) + run * (WORDS * 4), matrix.aligned, words);
+    load_scales(matrix, row, run);
+    load_codes(matrix, row, run);
+  }
+  void load_codes(thread const QuantizedMatrix& matrix, uint row, uint run) thread {
+    read_codes(matrix.row_codes(row) + run * (WORDS * 4), matrix.aligned, words);
+  }
+  void load_scales(thread const QuantizedMatrix& matrix, uint row, uint run) thread {
     device const uchar* scales = matrix.row_scales(row) + 2 * run;
     first = e4m3(scales[0]) * (E4M3_UNIT * E2M1_UNIT);
     second = e4m3(scales[1]) * (E4M3_UNIT * E2M1_UNIT);

@@ -3,12 +3,14 @@
 // A decoder is a struct that holds a run, RUN_ELEMENTS consecutive elements of a row as they are in memory:
 //
 //   FORMAT, BITS, WORDS        which it is, and the 32-bit words of its codes
-//   words[WORDS], first, second  codes; scale and bias, or what else the format has beside them
-//   load(matrix, row, run)     reads run number `run` of a row
+//   LINEAR                     whether weight(i) is first * code + second
+//   words[WORDS]               codes
+//   first, second              scale and bias, or what else the format has beside them
+//   load(matrix, row, run)     reads run number `run` of a row: load_scales, then load_codes
 //   element(i)                 what element i is multiplied as: cheap, of the format's own unit and zero
-//   add(sum, part, total)      sum + the dot product of run and x, where part = sum of element(i) * x[i], total = sum
-//   of
-//                              x[i]
+//   add(sum, part, total)      sum + the dot product of run and x, where part = sum of element(i) * x[i] and total =
+//   sum
+//                              of x[i]
 //   weight(i)                  element i as the weight it stands for
 //
 // `decoders.h` goes from a record to its decoder.
@@ -18,7 +20,7 @@
 #include "specialized.h"
 
 /// ExpertMatrix::format.
-enum WeightFormat : uint { FORMAT_AFFINE = 1, FORMAT_MXFP4 = 2, FORMAT_MXFP8 = 3, FORMAT_NVFP4 = 4 };
+enum WeightFormat : uint { FORMAT_AFFINE = 1, FORMAT_MXFP4 = 2, FORMAT_MXFP8 = 3, FORMAT_NVFP4 = 4, FORMAT_DENSE = 6 };
 /// ExpertMatrix::scale_type.
 enum ScaleFormat : uint { SCALE_FP32 = 0, SCALE_FP16 = 1, SCALE_BF16 = 2, SCALE_E8M0 = 3, SCALE_E4M3 = 4 };
 
@@ -83,10 +85,29 @@ inline QuantizedMatrix expert_matrix(device const uchar* codes, device const uch
   return matrix;
 }
 
+/// One projection of all experts: buffers that begin at multiples of 16 bytes, and a record per expert.
+struct ExpertPart {
+  device const uchar* codes;
+  device const uchar* scales;
+  device const uchar* biases;
+  device const ExpertMatrix* table;
+
+  /// `code`: of the part, or 0.
+  QuantizedMatrix of(uint expert, uint code) thread const {
+    return expert_matrix(codes, scales, biases, table, expert, code);
+  }
+};
+
+/// Of routed experts 0..E-1 or of shared ones E, E + 1, ..., which are a part of their own. `code`: of both, or 0.
+inline QuantizedMatrix expert_matrix(thread const ExpertPart& routed, thread const ExpertPart& shared, uint expert,
+                                     uint experts, uint code) {
+  return expert < experts ? routed.of(expert, code) : shared.of(expert - experts, code);
+}
+
 /// The codes of a run: WORDS words from a multiple of 4 bytes; where rows are `aligned`, in the widest loads that every
 /// run allows.
 template <uint WORDS>
-inline void load_codes(device const uchar* from, bool aligned, thread uint (&words)[WORDS]) {
+inline void read_codes(device const uchar* from, bool aligned, thread uint (&words)[WORDS]) {
   if (WORDS % 4 == 0 && aligned) {
     UNROLL
     for (uint v = 0; v < WORDS / 4; ++v) {

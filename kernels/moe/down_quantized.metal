@@ -12,28 +12,33 @@ constexpr constant uint DOWN_DECODE_THREADGROUP_COLUMNS = gemv_threadgroup_colum
 /// total[i] = the part of column + i of out[token] that pieces first .. last - 1 are, in this lane: the K of the
 /// token's slots, one after the other, in pieces of SIMDGROUP_RUN_ELEMENTS.
 template <uint N, typename T>
-inline void down_quantized_pieces(device const T* h, device const uchar* codes, device const uchar* scales,
-                                  device const uchar* biases, device const ExpertMatrix* table, device const T* bias,
-                                  device const int* ids, device const uchar* weights, constant ExpertsArgs& args,
-                                  uint token, uint column, uint first, uint last, uint lane,
-                                  thread float (&total)[N][1]) {
-  const uint slot_pieces = divide_up(args.intermediate, SIMDGROUP_RUN_ELEMENTS);
-  const uint runs = args.intermediate / RUN_ELEMENTS;
-  for (uint slot = first / slot_pieces; slot * slot_pieces < last; ++slot) {
-    const uint begin = max(first, slot * slot_pieces) - slot * slot_pieces;
-    const uint end = min(last - slot * slot_pieces, slot_pieces);
-    const uint expert =
-        load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride, args.id_words, args.experts);
+inline void down_quantized_pieces(device const T* h, thread const ExpertPart& routed, thread const ExpertPart& shared,
+                                  device const T* bias, device const int* ids, device const uchar* weights,
+                                  device const uchar* shared_weights, constant ExpertsArgs& args, uint token,
+                                  uint column, uint first, uint last, uint lane, thread float (&total)[N][1]) {
+  const uint slots = args.top_k + args.shared;
+  uint slot_first = 0;
+  for (uint slot = 0; slot < slots && slot_first < last; ++slot) {
+    const bool is_routed = slot < args.top_k;
+    const uint K = is_routed ? args.intermediate : args.shared_intermediate;
+    const uint begin = max(first, slot_first) - slot_first;
+    const uint end = min(last - slot_first, divide_up(K, SIMDGROUP_RUN_ELEMENTS));
+    slot_first += divide_up(K, SIMDGROUP_RUN_ELEMENTS);
+    if (begin >= end)
+      continue;
+    const uint expert = is_routed ? load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride,
+                                            args.id_words, args.experts)
+                                  : args.experts + slot - args.top_k;
     if (expert == NO_EXPERT)
       continue;
-    const float weight = down_weight(weights, weights, args, token, slot);
-    const QuantizedRows<N> w{expert_matrix(codes, scales, biases, table, expert, FIRST_MATRIX), column,
+    const float weight = down_weight(weights, shared_weights, args, token, slot);
+    const QuantizedRows<N> w{expert_matrix(routed, shared, expert, args.experts, FIRST_MATRIX), column,
                              args.hidden - 1};
     Rows<T, 1> x;
-    x.row[0] = h + (ulong(token) * args.top_k + slot) * args.h_row_stride;
+    x.row[0] = h + (ulong(token) * slots + slot) * args.h_row_stride;
     float sum[N][1];
-    dot_quantized(w, x, begin * SIMD_WIDTH, min(end * SIMD_WIDTH, runs), lane, sum);
-    const bool biased = args.has_bias && begin == 0 && lane == 0;
+    dot_quantized(w, x, begin * SIMD_WIDTH, min(end * SIMD_WIDTH, K / RUN_ELEMENTS), lane, sum);
+    const bool biased = is_routed && args.has_bias && begin == 0 && lane == 0;
     UNROLL
     for (uint i = 0; i < N; ++i) {
       const float b = biased && column + i < args.hidden ? float(bias[ulong(expert) * args.hidden + column + i]) : 0.0f;
@@ -46,22 +51,28 @@ template <typename T>
 [[kernel, max_total_threads_per_threadgroup(DOWN_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 down_quantized_decode(device const T* h [[buffer(0)]], device const uchar* codes [[buffer(1)]],
                       device const uchar* scales [[buffer(2)]], device const uchar* biases [[buffer(3)]],
-                      device const ExpertMatrix* table [[buffer(4)]], device const T* bias [[buffer(5)]],
-                      device const int* ids [[buffer(6)]], device const uchar* weights [[buffer(7)]],
-                      device T* out [[buffer(8)]], constant ExpertsArgs& args [[buffer(9)]],
-                      threadgroup float* sums [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
-                      uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+                      device const ExpertMatrix* table [[buffer(4)]], device const uchar* shared_codes [[buffer(5)]],
+                      device const uchar* shared_scales [[buffer(6)]], device const uchar* shared_biases [[buffer(7)]],
+                      device const ExpertMatrix* shared_table [[buffer(8)]], device const T* bias [[buffer(9)]],
+                      device const int* ids [[buffer(10)]], device const uchar* weights [[buffer(11)]],
+                      device const uchar* shared_weights [[buffer(12)]], device T* out [[buffer(13)]],
+                      constant ExpertsArgs& args [[buffer(14)]], threadgroup float* sums [[threadgroup(0)]],
+                      uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                      uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint N = SIMD_WIDTH == 1 ? one_lane_weight_rows<1>() : DOWN_DECODE_COLUMNS;
   const uint first_column = group.x * DOWN_DECODE_THREADGROUP_COLUMNS, token = group.y;
-  const uint pieces = args.top_k * divide_up(args.intermediate, SIMDGROUP_RUN_ELEMENTS);
+  const uint pieces = args.top_k * divide_up(args.intermediate, SIMDGROUP_RUN_ELEMENTS) +
+                      args.shared * divide_up(args.shared_intermediate, SIMDGROUP_RUN_ELEMENTS);
   const uint share = divide_up(pieces, DOWN_LANE_SIMDGROUPS);
   const uint first = min(simdgroup * share, pieces);
   const uint last = min(first + share, pieces);
+  const ExpertPart routed{codes, scales, biases, table},
+      shared{shared_codes, shared_scales, shared_biases, shared_table};
   device T* to = out + ulong(token) * args.out_row_stride;
   const uint end = min(first_column + DOWN_DECODE_THREADGROUP_COLUMNS, args.hidden);
   for (uint column = first_column; column < end; column += N) { // once, on a GPU
     float total[N][1] = {};
-    down_quantized_pieces(h, codes, scales, biases, table, bias, ids, weights, args, token, column, first, last, lane,
+    down_quantized_pieces(h, routed, shared, bias, ids, weights, shared_weights, args, token, column, first, last, lane,
                           total);
     const LaneSums<N> own = sum_lanes<0, N>(total, lane);
     if (DOWN_LANE_SIMDGROUPS == 1) {
@@ -90,6 +101,7 @@ struct DownQuantizedBlock {
   device float* y;      // of row 0
   device const T* bias; // of the expert, or null
   uint count;           // rows
+  uint K;
   uint end;
   uint lane;
   thread const QuantizedMatrix& matrix;
@@ -99,7 +111,7 @@ struct DownQuantizedBlock {
   void run(uint column, uint first) thread const {
     float sum[R][C];
     const QuantizedRows<R> w{matrix, column, args.hidden - 1};
-    dot_quantized_block<T>(w, rows, first, count, args.intermediate, lane, sum);
+    dot_quantized_block<T>(w, rows, first, count, K, lane, sum);
     const LaneSums<R * C> sums = sum_lanes<0, R>(sum, lane);
     for (uint e = lane; e < R * C; e += SIMD_WIDTH) {
       const uint n = column + e / C;
@@ -110,24 +122,29 @@ struct DownQuantizedBlock {
 };
 
 template <typename T>
-[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
-down_quantized_prefill4(device const T* h [[buffer(0)]], device const uchar* codes [[buffer(1)]],
-                        device const uchar* scales [[buffer(2)]], device const uchar* biases [[buffer(3)]],
-                        device const ExpertMatrix* table [[buffer(4)]], device const T* bias [[buffer(5)]],
-                        device const RowTile* tiles [[buffer(6)]], device float* y [[buffer(7)]],
-                        constant ExpertsArgs& args [[buffer(8)]], uint3 group [[threadgroup_position_in_grid]],
-                        uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void down_quantized_prefill4(
+    device const T* h [[buffer(0)]], device const uchar* codes [[buffer(1)]], device const uchar* scales [[buffer(2)]],
+    device const uchar* biases [[buffer(3)]], device const ExpertMatrix* table [[buffer(4)]],
+    device const uchar* shared_codes [[buffer(5)]], device const uchar* shared_scales [[buffer(6)]],
+    device const uchar* shared_biases [[buffer(7)]], device const ExpertMatrix* shared_table [[buffer(8)]],
+    device const T* bias [[buffer(9)]], device const RowTile* tiles [[buffer(10)]], device float* y [[buffer(11)]],
+    constant ExpertsArgs& args [[buffer(12)]], uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const RowTile tile = tiles[group.x];
   if (tile.rows == 0)
     return;
   using Block = DownQuantizedBlock<T>;
-  const QuantizedMatrix matrix = expert_matrix(codes, scales, biases, table, tile.expert, FIRST_MATRIX);
+  const bool is_routed = tile.expert < args.experts;
+  const ExpertPart routed{codes, scales, biases, table},
+      shared{shared_codes, shared_scales, shared_biases, shared_table};
+  const QuantizedMatrix matrix = expert_matrix(routed, shared, tile.expert, args.experts, FIRST_MATRIX);
+  const uint K = is_routed ? args.intermediate : args.shared_intermediate;
   const SortedRows<T> rows{h + ulong(tile.first_row) * args.h_row_stride, args.h_row_stride};
-  device const T* b = args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
+  device const T* b = is_routed && args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
   device float* to = y + ulong(tile.first_row) * args.out_row_stride;
   const uint first_column = group.y * QUANTIZED_THREADGROUP_COLUMNS;
   const uint end = min(first_column + QUANTIZED_THREADGROUP_COLUMNS, args.hidden);
-  const Block block{rows, to, b, tile.rows, end, lane, matrix, args};
+  const Block block{rows, to, b, tile.rows, K, end, lane, matrix, args};
   for (uint column = first_column + simdgroup * Block::R; column < end; column += GEMV_LANE_SIMDGROUPS * Block::R)
     for_quantized_row_runs<GEMV_ROWS>(block, column, tile.rows);
 }
@@ -136,9 +153,11 @@ template <typename T, uint ROW_TILE, uint TILE_N>
 [[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [[buffer(1)]],
                     device const uchar* scales [[buffer(2)]], device const uchar* biases [[buffer(3)]],
-                    device const ExpertMatrix* table [[buffer(4)]], device const T* bias [[buffer(5)]],
-                    device const RowTile* tiles [[buffer(6)]], device float* y [[buffer(7)]],
-                    constant ExpertsArgs& args [[buffer(8)]], threadgroup uchar* memory [[threadgroup(0)]],
+                    device const ExpertMatrix* table [[buffer(4)]], device const uchar* shared_codes [[buffer(5)]],
+                    device const uchar* shared_scales [[buffer(6)]], device const uchar* shared_biases [[buffer(7)]],
+                    device const ExpertMatrix* shared_table [[buffer(8)]], device const T* bias [[buffer(9)]],
+                    device const RowTile* tiles [[buffer(10)]], device float* y [[buffer(11)]],
+                    constant ExpertsArgs& args [[buffer(12)]], threadgroup uchar* memory [[threadgroup(0)]],
                     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                     uint lane [[thread_index_in_simdgroup]]) {
   const RowTile tile = tiles[group.x];
@@ -148,16 +167,20 @@ down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [
   const uint first_column = group.y * Tile::COLUMNS;
 
   QuantizedStager<T, 1, Tile::COLUMNS, Tile::K_TILE, typename Tile::Layout> weights;
-  weights.matrices[0] = expert_matrix(codes, scales, biases, table, tile.expert, FIRST_MATRIX);
+  const bool is_routed = tile.expert < args.experts;
+  const ExpertPart routed{codes, scales, biases, table},
+      shared{shared_codes, shared_scales, shared_biases, shared_table};
+  weights.matrices[0] = expert_matrix(routed, shared, tile.expert, args.experts, FIRST_MATRIX);
   weights.first_column = first_column;
   weights.columns = args.hidden;
   weights.thread_index = simdgroup * SIMD_WIDTH + lane;
 
   const SortedRows<T> rows{h + ulong(tile.first_row) * args.h_row_stride, args.h_row_stride};
   Tile product;
-  product.multiply_decoded(rows, tile.rows, weights, args.intermediate, memory, simdgroup, lane);
+  const uint K = is_routed ? args.intermediate : args.shared_intermediate;
+  product.multiply_decoded(rows, tile.rows, weights, K, memory, simdgroup, lane);
 
-  device const T* b = args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
+  device const T* b = is_routed && args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
   const DownStore<T> store{
       y + ulong(tile.first_row) * args.out_row_stride, b, tile.rows, first_column, args.hidden, args.out_row_stride};
   product.for_each_pair(store, memory, simdgroup, lane);

@@ -115,11 +115,12 @@ struct ExpertsArgs {
 //                    threadgroup 0: gemm_threadgroup_bytes. Grid (tiles, ceil(max I / columns of a threadgroup)).
 //  down, grouped   : 0 h, 1 w2, 2 shared_w2, 3 bias2, 4 tiles, 5 y out fp32 [S, H] (sorted order), 6 ExpertsArgs;
 //                    threadgroup 0. Grid (tiles, ceil(H / tile_n)).
-// On quantised weights (kernels named `..._quantized_...`) codes, scales, biases and table of a part stand in place of
-// w1 (gate, then up: 8 buffers; without a gate the second four are any others) or w2, and shared experts have none:
-// what follows moves on or up.
-//  gate_up, decode : 0 x, 1-4 gate, 5-8 up, 9 bias1, 10 ids, 11 h, 12 ExpertsArgs.
-//  down, decode    : 0 h, 1-4 down, 5 bias2, 6 ids, 7 topk_weights, 8 out, 9 ExpertsArgs; threadgroup 0.
-//  gate_up, grouped: 0 x, 1-4 gate, 5-8 up, 9 bias1, 10 sorted_rows, 11 tiles, 12 h, 13 ExpertsArgs; threadgroup 0.
-//  down, grouped   : 0 h, 1-4 down, 5 bias2, 6 tiles, 7 y, 8 ExpertsArgs; threadgroup 0.
-// Buffers that a call has no use for (bias, shared weights) are bound to any other one.
+// On quantised weights (kernels named `..._quantized_...`) the codes, scales, biases and table of a part stand in place
+// of each of w1 (gate, then up), shared_w1, w2 and shared_w2; without a gate the four of up are any others.
+//  gate_up, decode : 0 x, 1-4 gate, 5-8 up, 9-12 shared gate, 13-16 shared up, 17 bias1, 18 ids, 19 h, 20 ExpertsArgs.
+//  down, decode    : 0 h, 1-4 down, 5-8 shared down, 9 bias2, 10 ids, 11 topk_weights, 12 shared_weights, 13 out,
+//                    14 ExpertsArgs; threadgroup 0.
+//  gate_up, grouped: 0 x, 1-4 gate, 5-8 up, 9-12 shared gate, 13-16 shared up, 17 bias1, 18 sorted_rows, 19 tiles,
+//                    20 h, 21 ExpertsArgs; threadgroup 0.
+//  down, grouped   : 0 h, 1-4 down, 5-8 shared down, 9 bias2, 10 tiles, 11 y, 12 ExpertsArgs; threadgroup 0.
+// Buffers that a call has no use for (biases, shared experts and their weights) are bound to any other one.

@@ -6,15 +6,13 @@
 #include "gemm_quantized.h"
 #include "gemv_quantized.h"
 
-/// One projection of all experts.
-struct GateUpPart {
-  device const uchar* codes;
-  device const uchar* scales;
-  device const uchar* biases;
-  device const ExpertMatrix* table;
+/// A projection of the routed and of the shared experts.
+struct GateUpParts {
+  ExpertPart routed;
+  ExpertPart shared;
 
-  QuantizedMatrix of(uint expert, uint code) thread const {
-    return expert_matrix(codes, scales, biases, table, expert, code);
+  QuantizedMatrix of(uint expert, uint experts, uint code) thread const {
+    return expert_matrix(routed, shared, expert, experts, code);
   }
 };
 
@@ -26,6 +24,7 @@ struct GateUpQuantizedBlock {
   device T* h;          // of row 0
   device const T* bias; // of the expert, or null
   uint count;           // rows
+  uint intermediate;    // columns of h
   uint end;
   uint lane;
   thread const QuantizedMatrix& gate;
@@ -34,7 +33,6 @@ struct GateUpQuantizedBlock {
 
   template <uint C>
   void run(uint column, uint first) thread const {
-    const uint intermediate = args.intermediate;
     LaneSums<R * C> gates = {}, ups = {}; // without a gate the same, and `ups` is not used
     // A loop, for all decoders are in it once.
     for (uint matrix = 0; matrix < 2; ++matrix) {
@@ -68,41 +66,51 @@ struct GateUpQuantizedBlock {
 
 /// The columns of one threadgroup for `count` rows of one expert.
 template <uint MAX_ROWS, typename T, bool GATED, typename Source>
-inline void gate_up_quantized_gemv(thread const Source& rows, uint count, thread const GateUpPart& gate,
-                                   thread const GateUpPart& up, device const T* bias, uint expert, device T* h,
+inline void gate_up_quantized_gemv(thread const Source& rows, uint count, thread const GateUpParts& gate,
+                                   thread const GateUpParts& up, device const T* bias, uint expert, device T* h,
                                    uint first_column, constant ExpertsArgs& args, uint simdgroup, uint lane) {
   using Block = GateUpQuantizedBlock<MAX_ROWS, T, GATED, Source>;
-  const QuantizedMatrix gate_matrix = gate.of(expert, FIRST_MATRIX);
+  const bool is_routed = expert < args.experts;
+  const QuantizedMatrix gate_matrix = gate.of(expert, args.experts, FIRST_MATRIX);
   QuantizedMatrix up_matrix = gate_matrix;
   if (GATED)
-    up_matrix = up.of(expert, SECOND_MATRIX);
-  device const T* b = args.has_bias ? bias + ulong(expert) * (GATED ? 2 : 1) * args.intermediate : nullptr;
-  const uint end = min(first_column + QUANTIZED_THREADGROUP_COLUMNS, args.intermediate);
-  const Block block{rows, h, b, count, end, lane, gate_matrix, up_matrix, args};
+    up_matrix = up.of(expert, args.experts, SECOND_MATRIX);
+  device const T* b = is_routed && args.has_bias ? bias + ulong(expert) * (GATED ? 2 : 1) * args.intermediate : nullptr;
+  const uint intermediate = is_routed ? args.intermediate : args.shared_intermediate;
+  const uint end = min(first_column + QUANTIZED_THREADGROUP_COLUMNS, intermediate);
+  const Block block{rows, h, b, count, intermediate, end, lane, gate_matrix, up_matrix, args};
   for (uint column = first_column + simdgroup * Block::R; column < end; column += GEMV_LANE_SIMDGROUPS * Block::R)
     for_quantized_row_runs<MAX_ROWS>(block, column, count);
 }
 
 template <typename T, bool GATED>
-[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
-gate_up_quantized_decode(device const T* x [[buffer(0)]], device const uchar* gate_codes [[buffer(1)]],
-                         device const uchar* gate_scales [[buffer(2)]], device const uchar* gate_biases [[buffer(3)]],
-                         device const ExpertMatrix* gate_table [[buffer(4)]],
-                         device const uchar* up_codes [[buffer(5)]], device const uchar* up_scales [[buffer(6)]],
-                         device const uchar* up_biases [[buffer(7)]], device const ExpertMatrix* up_table [[buffer(8)]],
-                         device const T* bias [[buffer(9)]], device const int* ids [[buffer(10)]],
-                         device T* h [[buffer(11)]], constant ExpertsArgs& args [[buffer(12)]],
-                         uint3 group [[threadgroup_position_in_grid]],
-                         uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void gate_up_quantized_decode(
+    device const T* x [[buffer(0)]], device const uchar* gate_codes [[buffer(1)]],
+    device const uchar* gate_scales [[buffer(2)]], device const uchar* gate_biases [[buffer(3)]],
+    device const ExpertMatrix* gate_table [[buffer(4)]], device const uchar* up_codes [[buffer(5)]],
+    device const uchar* up_scales [[buffer(6)]], device const uchar* up_biases [[buffer(7)]],
+    device const ExpertMatrix* up_table [[buffer(8)]], device const uchar* shared_gate_codes [[buffer(9)]],
+    device const uchar* shared_gate_scales [[buffer(10)]], device const uchar* shared_gate_biases [[buffer(11)]],
+    device const ExpertMatrix* shared_gate_table [[buffer(12)]], device const uchar* shared_up_codes [[buffer(13)]],
+    device const uchar* shared_up_scales [[buffer(14)]], device const uchar* shared_up_biases [[buffer(15)]],
+    device const ExpertMatrix* shared_up_table [[buffer(16)]], device const T* bias [[buffer(17)]],
+    device const int* ids [[buffer(18)]], device T* h [[buffer(19)]], constant ExpertsArgs& args [[buffer(20)]],
+    uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
   const uint slot = group.y, token = group.z;
-  const uint expert =
-      load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride, args.id_words, args.experts);
+  const uint slots = args.top_k + args.shared;
+  const uint expert = slot < args.top_k
+                          ? load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride,
+                                    args.id_words, args.experts)
+                          : args.experts + slot - args.top_k;
   if (expert == NO_EXPERT)
     return; // dropped: `down` skips the row too
-  const GateUpPart gate{gate_codes, gate_scales, gate_biases, gate_table};
-  const GateUpPart up{up_codes, up_scales, up_biases, up_table};
+  const GateUpParts gate{{gate_codes, gate_scales, gate_biases, gate_table},
+                         {shared_gate_codes, shared_gate_scales, shared_gate_biases, shared_gate_table}};
+  const GateUpParts up{{up_codes, up_scales, up_biases, up_table},
+                       {shared_up_codes, shared_up_scales, shared_up_biases, shared_up_table}};
   const SortedRows<T> rows{x + ulong(token) * args.x_row_stride, 0};
-  device T* to = h + (ulong(token) * args.top_k + slot) * args.h_row_stride;
+  device T* to = h + (ulong(token) * slots + slot) * args.h_row_stride;
   gate_up_quantized_gemv<1, T, GATED>(rows, 1, gate, up, bias, expert, to, group.x * QUANTIZED_THREADGROUP_COLUMNS,
                                       args, simdgroup, lane);
 }
@@ -113,57 +121,71 @@ template <typename T, bool GATED>
     device const uchar* gate_scales [[buffer(2)]], device const uchar* gate_biases [[buffer(3)]],
     device const ExpertMatrix* gate_table [[buffer(4)]], device const uchar* up_codes [[buffer(5)]],
     device const uchar* up_scales [[buffer(6)]], device const uchar* up_biases [[buffer(7)]],
-    device const ExpertMatrix* up_table [[buffer(8)]], device const T* bias [[buffer(9)]],
-    device const uint* sorted_rows [[buffer(10)]], device const RowTile* tiles [[buffer(11)]],
-    device T* h [[buffer(12)]], constant ExpertsArgs& args [[buffer(13)]], uint3 group [[threadgroup_position_in_grid]],
+    device const ExpertMatrix* up_table [[buffer(8)]], device const uchar* shared_gate_codes [[buffer(9)]],
+    device const uchar* shared_gate_scales [[buffer(10)]], device const uchar* shared_gate_biases [[buffer(11)]],
+    device const ExpertMatrix* shared_gate_table [[buffer(12)]], device const uchar* shared_up_codes [[buffer(13)]],
+    device const uchar* shared_up_scales [[buffer(14)]], device const uchar* shared_up_biases [[buffer(15)]],
+    device const ExpertMatrix* shared_up_table [[buffer(16)]], device const T* bias [[buffer(17)]],
+    device const uint* sorted_rows [[buffer(18)]], device const RowTile* tiles [[buffer(19)]],
+    device T* h [[buffer(20)]], constant ExpertsArgs& args [[buffer(21)]], uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const RowTile tile = tiles[group.x];
   if (tile.rows == 0)
     return;
-  const GateUpPart gate{gate_codes, gate_scales, gate_biases, gate_table};
-  const GateUpPart up{up_codes, up_scales, up_biases, up_table};
-  const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k, args.x_row_stride};
+  const GateUpParts gate{{gate_codes, gate_scales, gate_biases, gate_table},
+                         {shared_gate_codes, shared_gate_scales, shared_gate_biases, shared_gate_table}};
+  const GateUpParts up{{up_codes, up_scales, up_biases, up_table},
+                       {shared_up_codes, shared_up_scales, shared_up_biases, shared_up_table}};
+  const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k + args.shared, args.x_row_stride};
   gate_up_quantized_gemv<GEMV_ROWS, T, GATED>(rows, tile.rows, gate, up, bias, tile.expert,
                                               h + ulong(tile.first_row) * args.h_row_stride,
                                               group.y * QUANTIZED_THREADGROUP_COLUMNS, args, simdgroup, lane);
 }
 
 template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
-[[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
-gate_up_quantized_gemm(device const T* x [[buffer(0)]], device const uchar* gate_codes [[buffer(1)]],
-                       device const uchar* gate_scales [[buffer(2)]], device const uchar* gate_biases [[buffer(3)]],
-                       device const ExpertMatrix* gate_table [[buffer(4)]], device const uchar* up_codes [[buffer(5)]],
-                       device const uchar* up_scales [[buffer(6)]], device const uchar* up_biases [[buffer(7)]],
-                       device const ExpertMatrix* up_table [[buffer(8)]], device const T* bias [[buffer(9)]],
-                       device const uint* sorted_rows [[buffer(10)]], device const RowTile* tiles [[buffer(11)]],
-                       device T* h [[buffer(12)]], constant ExpertsArgs& args [[buffer(13)]],
-                       threadgroup uchar* memory [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
-                       uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void gate_up_quantized_gemm(
+    device const T* x [[buffer(0)]], device const uchar* gate_codes [[buffer(1)]],
+    device const uchar* gate_scales [[buffer(2)]], device const uchar* gate_biases [[buffer(3)]],
+    device const ExpertMatrix* gate_table [[buffer(4)]], device const uchar* up_codes [[buffer(5)]],
+    device const uchar* up_scales [[buffer(6)]], device const uchar* up_biases [[buffer(7)]],
+    device const ExpertMatrix* up_table [[buffer(8)]], device const uchar* shared_gate_codes [[buffer(9)]],
+    device const uchar* shared_gate_scales [[buffer(10)]], device const uchar* shared_gate_biases [[buffer(11)]],
+    device const ExpertMatrix* shared_gate_table [[buffer(12)]], device const uchar* shared_up_codes [[buffer(13)]],
+    device const uchar* shared_up_scales [[buffer(14)]], device const uchar* shared_up_biases [[buffer(15)]],
+    device const ExpertMatrix* shared_up_table [[buffer(16)]], device const T* bias [[buffer(17)]],
+    device const uint* sorted_rows [[buffer(18)]], device const RowTile* tiles [[buffer(19)]],
+    device T* h [[buffer(20)]], constant ExpertsArgs& args [[buffer(21)]], threadgroup uchar* memory [[threadgroup(0)]],
+    uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint MATRICES = GATED ? 2 : 1;
   using Tile = GemmTile<T, float, MATRICES, ROW_TILE, TILE_N, true>;
   const RowTile tile = tiles[group.x];
   const uint first_column = group.y * Tile::COLUMNS;
-  if (tile.rows == 0 || first_column >= args.intermediate)
+  const bool is_routed = tile.expert < args.experts;
+  const uint intermediate = is_routed ? args.intermediate : args.shared_intermediate;
+  if (tile.rows == 0 || first_column >= intermediate)
     return;
 
   QuantizedStager<T, MATRICES, Tile::COLUMNS, Tile::K_TILE, typename Tile::Layout> weights;
-  const GateUpPart gate{gate_codes, gate_scales, gate_biases, gate_table};
-  weights.matrices[0] = gate.of(tile.expert, FIRST_MATRIX);
+  const GateUpParts gate{{gate_codes, gate_scales, gate_biases, gate_table},
+                         {shared_gate_codes, shared_gate_scales, shared_gate_biases, shared_gate_table}};
+  weights.matrices[0] = gate.of(tile.expert, args.experts, FIRST_MATRIX);
   if (GATED) {
-    const GateUpPart up{up_codes, up_scales, up_biases, up_table};
-    weights.matrices[MATRICES - 1] = up.of(tile.expert, SECOND_MATRIX);
+    const GateUpParts up{{up_codes, up_scales, up_biases, up_table},
+                         {shared_up_codes, shared_up_scales, shared_up_biases, shared_up_table}};
+    weights.matrices[MATRICES - 1] = up.of(tile.expert, args.experts, SECOND_MATRIX);
   }
   weights.first_column = first_column;
-  weights.columns = args.intermediate;
+  weights.columns = intermediate;
   weights.thread_index = simdgroup * SIMD_WIDTH + lane;
 
-  const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k, args.x_row_stride};
+  const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k + args.shared, args.x_row_stride};
   Tile product;
   product.multiply_decoded(rows, tile.rows, weights, args.hidden, memory, simdgroup, lane);
 
-  device const T* b = args.has_bias ? bias + ulong(tile.expert) * MATRICES * args.intermediate : nullptr;
+  device const T* b = is_routed && args.has_bias ? bias + ulong(tile.expert) * MATRICES * args.intermediate : nullptr;
   const GateUpStore<T, GATED> store{
-      h + ulong(tile.first_row) * args.h_row_stride, b, tile.rows, first_column, args.intermediate, args};
+      h + ulong(tile.first_row) * args.h_row_stride, b, tile.rows, first_column, intermediate, args};
   product.for_each_pair(store, memory, simdgroup, lane);
 }
 

@@ -10,6 +10,32 @@ struct PackedRun {
   float second;
 };
 
+template <typename Run>
+inline void pack_run(thread const QuantizedMatrix& matrix, uint row, uint index, thread PackedRun& to, Run read) {
+  read.load(matrix, row, index);
+  UNROLL
+  for (uint i = 0; i < Run::WORDS; ++i)
+    to.words[i] = read.words[i];
+  to.first = read.first;
+  to.second = read.second;
+}
+template <typename Run>
+inline void unpack_run(thread const PackedRun& from, thread const QuantizedMatrix&, uint, uint, thread Run& to) {
+  UNROLL
+  for (uint i = 0; i < Run::WORDS; ++i)
+    to.words[i] = from.words[i];
+  to.first = from.first;
+  to.second = from.second;
+}
+/// Dense runs are too long to wait in registers: they are read when they are decoded.
+template <uint BITS>
+inline void pack_run(thread const QuantizedMatrix&, uint, uint, thread PackedRun&, DenseRun<BITS>) {}
+template <uint BITS>
+inline void unpack_run(thread const PackedRun&, thread const QuantizedMatrix& matrix, uint row, uint index,
+                       thread DenseRun<BITS>& to) {
+  to.load(matrix, row, index);
+}
+
 /// Reads run `index` of a row.
 struct PackRun {
   thread const QuantizedMatrix& matrix;
@@ -19,13 +45,7 @@ struct PackRun {
 
   template <typename Run>
   void run() thread const {
-    Run read;
-    read.load(matrix, row, index);
-    UNROLL
-    for (uint i = 0; i < Run::WORDS; ++i)
-      to.words[i] = read.words[i];
-    to.first = read.first;
-    to.second = read.second;
+    pack_run(matrix, row, index, to, Run());
   }
 };
 
@@ -33,18 +53,17 @@ struct PackRun {
 template <typename T, typename Layout>
 struct DecodeRun {
   thread const PackedRun& from;
+  thread const QuantizedMatrix& matrix;
+  uint row; // of the matrix
+  uint index;
   threadgroup T* tile;
-  uint row;
+  uint staged_row;
   uint k;
 
   template <typename Run>
   void run() thread const {
     Run decoder;
-    UNROLL
-    for (uint i = 0; i < Run::WORDS; ++i)
-      decoder.words[i] = from.words[i];
-    decoder.first = from.first;
-    decoder.second = from.second;
+    unpack_run(from, matrix, row, index, decoder);
     constexpr uint COUNT = Vector16<T>::COUNT;
     UNROLL
     for (uint first = 0; first < RUN_ELEMENTS; first += COUNT) {
@@ -52,7 +71,7 @@ struct DecodeRun {
       UNROLL
       for (uint e = 0; e < COUNT; ++e)
         vector.element[e] = T(decoder.weight(first + e));
-      *reinterpret_cast<threadgroup Vector16<T>*>(tile + Layout::at(row, k + first)) = vector;
+      *reinterpret_cast<threadgroup Vector16<T>*>(tile + Layout::at(staged_row, k + first)) = vector;
     }
   }
 };
@@ -104,13 +123,15 @@ private:
     return matrix;
   }
 
+  /// Of a staged row; past the last column the last one again (its products are not stored).
+  uint matrix_row(uint row) thread const { return min(first_column + row % COLUMNS, columns - 1); }
+
   void load_run(uint run, uint k0, uint K, thread PackedRun& to) thread const {
     const uint row = run / ROW_RUNS, k = k0 + run % ROW_RUNS * RUN_ELEMENTS;
     if (run >= RUNS || k >= K)
       return;
-    // Past the last column the last one again (its products are not stored).
     const QuantizedMatrix matrix = matrix_of(row);
-    const PackRun pack{matrix, min(first_column + row % COLUMNS, columns - 1), k / RUN_ELEMENTS, to};
+    const PackRun pack{matrix, matrix_row(row), k / RUN_ELEMENTS, to};
     with_decoder(matrix, pack);
   }
 
@@ -119,8 +140,8 @@ private:
     if (run >= RUNS)
       return;
     if (k0 + k < K) {
-      const DecodeRun<T, Layout> decode{from, tile, row, k};
       const QuantizedMatrix matrix = matrix_of(row);
+      const DecodeRun<T, Layout> decode{from, matrix, matrix_row(row), (k0 + k) / RUN_ELEMENTS, tile, row, k};
       with_decoder(matrix, decode);
       return;
     }

@@ -51,16 +51,7 @@ struct QuantizedDot {
   template <typename Run>
   void run() thread const {
 #ifdef METAL_SIM_NATIVE
-    device const uchar* codes[R];
-    device const uchar* scales[R];
-    device const uchar* biases[R];
-    for (uint r = 0; r < R; ++r) {
-      codes[r] = w.matrix.row_codes(w.row(r));
-      scales[r] = w.matrix.row_scales(w.row(r));
-      biases[r] = w.matrix.row_biases(w.row(r));
-    }
-    metal_sim::dot_quantized<Run>(codes, scales, biases, ulong(R) * w.matrix.codes_stride, w.matrix.group_shift,
-                                  w.matrix.scale_type, x.row, begin, end, sum);
+    metal_sim::dot_quantized<Run>(w, x.row, begin, end, sum);
 #else
     UNROLL
     for (uint r = 0; r < R; ++r) {

@@ -7,25 +7,27 @@ one, which takes either, and an operator of its own for quantised weights (`w1: 
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from . import _core
-from ._validate import wrong_type, wrong_value
+from ._validate import QuantizedShape, check_shared, check_weights, wrong_type, wrong_value
 from .formats import QuantizedExperts
-from .formats.layout import ALIGNMENT
+from .formats.dense import dense_buffers
+from .formats.layout import ALIGNMENT, Format
 from .formats.part import Part
 
 # Formats that the kernels decode (kernels/formats/decoders.h), in any mix with each other and with dense weights.
-KERNEL_FORMATS = ("affine", "mxfp4", "mxfp8", "nvfp4")
+KERNEL_FORMATS = tuple(sorted(name for name, known in Format.registry.items() if known.IN_KERNELS))
 # Weights of rotated activations: kernels of their own (kernels/moe/rotate.metal), for w1 and w2 alike.
 TRELLIS = "trellis"
 # Of a record: what a kernel may be compiled for, in the order that `_core.matrix_code` takes.
 _CODE_FIELDS = ("format", "half_bits", "group_size", "codebook", "scale_type")
-_SHARED = ("shared_w1", "shared_w2", "shared_weights")
+_WEIGHTS = ("w1", "w2", "shared_w1", "shared_w2")
 
 
 def accepts_quantized(quantized: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Hands calls whose w1 or w2 is `QuantizedExperts` to the operator `quantized`, with lists in their place."""
+    """Hands calls with `QuantizedExperts` among the weights to the operator `quantized`, with lists in their place."""
 
     def decorate(dense: Callable[..., Tensor]) -> Callable[..., Tensor]:
         op = dense.__name__
@@ -34,8 +36,9 @@ def accepts_quantized(quantized: Callable[..., Tensor]) -> Callable[[Callable[..
         def call(*args, **kwargs) -> Tensor:
             w1 = args[1] if len(args) > 1 else kwargs.get("w1")
             w2 = args[2] if len(args) > 2 else kwargs.get("w2")
-            if isinstance(w1, QuantizedExperts) or isinstance(w2, QuantizedExperts):
-                return _call_quantized(op, quantized, *args, **kwargs)
+            for weights in (w1, w2, kwargs.get("shared_w1"), kwargs.get("shared_w2")):
+                if isinstance(weights, QuantizedExperts):
+                    return _call_quantized(op, quantized, *args, **kwargs)
             return dense(*args, **kwargs)
 
         return call
@@ -43,57 +46,104 @@ def accepts_quantized(quantized: Callable[..., Tensor]) -> Callable[[Callable[..
     return decorate
 
 
-def _call_quantized(op, quantized, hidden_states, w1, w2, *args, **kwargs) -> Tensor:
-    for name in _SHARED:
-        if kwargs.pop(name, None) is not None:
-            wrong_value(op, name, "given", "None where w1 or w2 is quantised: shared experts are dense only")
+def _call_quantized(op, quantized, hidden_states, w1, w2, *args, shared_w1=None, shared_w2=None, **kwargs) -> Tensor:
+    given = dict(zip(_WEIGHTS, (w1, w2, shared_w1, shared_w2), strict=True))
+    shared = [name for name in _WEIGHTS[2:] if given[name] is not None]
+    trellis = [name for name in _WEIGHTS if _has_trellis(given[name])]
+    if trellis and (shared or kwargs.get("shared_weights") is not None):
+        return _apart(op, quantized, hidden_states, given, args, kwargs)
     gated = kwargs.get("activation", "silu") != "relu2"
     interleaved = kwargs.get("interleaved", False)
-    if isinstance(w1, QuantizedExperts) and len(w1.parts) == 2:
-        if not gated:
-            wrong_value(op, "w1", "a pair of gate and up", 'one matrix per expert with activation "relu2"')
-        if interleaved is True:
-            wrong_value(op, "interleaved", True, "False where gate and up of w1 are parts of their own")
-    for name, weights in (("w1_bias", w1), ("w2_bias", w2)):
-        own = weights.bias if isinstance(weights, QuantizedExperts) else None
+    for name in ("w1", "shared_w1"):
+        if isinstance(given[name], QuantizedExperts) and len(given[name].parts) == 2:
+            if not gated:
+                wrong_value(op, name, "a pair of gate and up", 'one matrix per expert with activation "relu2"')
+            if interleaved is True:
+                wrong_value(op, "interleaved", True, f"False where gate and up of {name} are parts of their own")
+    for name in ("w1", "w2"):
+        own = given[name].bias if isinstance(given[name], QuantizedExperts) else None
         if own is not None:
-            if kwargs.get(name) is not None:
-                wrong_value(op, name, "given", f"None where {name[:2]} has a bias of its own")
+            if kwargs.get(f"{name}_bias") is not None:
+                wrong_value(op, f"{name}_bias", "given", f"None where {name} has a bias of its own")
             if isinstance(hidden_states, Tensor) and own.dtype != hidden_states.dtype:
                 _core.count_fallback("converted_bias", copies=True)
                 own = own.to(hidden_states.dtype)
-            kwargs[name] = own
-    trellis = any(_has_trellis(weights) for weights in (w1, w2))
+            kwargs[f"{name}_bias"] = own
+    for name in shared:
+        if isinstance(given[name], QuantizedExperts) and given[name].bias is not None:
+            wrong_value(op, name, "with a bias", "without: shared experts have none")
     if trellis:
-        for name, weights in (("w1", w1), ("w2", w2)):
-            if not _has_trellis(weights):
+        for name in _WEIGHTS[:2]:
+            if name not in trellis:
                 wrong_value(op, name, "of another format", "trellis, as the other of w1 and w2 is")
         if kwargs.get("kernel") is not None:
             wrong_value(op, "kernel", kwargs["kernel"], "None with trellis weights, which have kernels of their own")
         kwargs["trellis"] = True
-    flat = (
-        *_flat(op, "w1", w1, gated, interleaved is True, trellis),
-        *_flat(op, "w2", w2, False, False, trellis),
-    )
-    codes = [*_codes(w1, gated, interleaved is True), *_codes(w2, False, False)]
-    kwargs["codes"] = codes if gated else [codes[0], 0, codes[1]]
+    # The routed and the shared experts of a product run in one dispatch: as parts, both, where one of them is.
+    flat = []
+    for name, other in (("w1", "shared_w1"), ("w2", "shared_w2"), ("shared_w1", "w1"), ("shared_w2", "w2")):
+        parts = isinstance(given[name], QuantizedExperts) or isinstance(given[other], QuantizedExperts)
+        pair = gated and name.endswith("w1")
+        dtype = hidden_states.dtype if isinstance(hidden_states, Tensor) else None
+        flat += _flat(op, name, given[name], pair, pair and interleaved is True, bool(trellis), parts, dtype)
+    kwargs["codes"] = [
+        *_codes(w1, shared_w1, gated, gated and interleaved is True),
+        *([] if gated else [0]),
+        *_codes(w2, shared_w2, False, False),
+    ]
     return quantized(hidden_states, *flat, *args, **kwargs)
 
 
-def _has_trellis(weights: QuantizedExperts | Tensor) -> bool:
-    return isinstance(weights, QuantizedExperts) and any(
-        settings.format == TRELLIS for part in weights.parts.values() for settings in part.settings
-    )
+def _apart(op, quantized, hidden_states, given, args, kwargs) -> Tensor:
+    """Where one of the weights is trellis: routed experts, then shared ones as a layer of their own, then the sum."""
+    from . import experts
+
+    shared_weights = kwargs.pop("shared_weights", None)
+    w1, w2, shared_w1, shared_w2 = given.values()
+    if isinstance(w1, QuantizedExperts) or isinstance(w2, QuantizedExperts):
+        routed = _call_quantized(op, quantized, hidden_states, w1, w2, *args, **kwargs)
+    else:
+        routed = getattr(experts, op)(hidden_states, w1, w2, *args, **kwargs)
+    tokens, hidden = hidden_states.shape
+    shapes = [QuantizedShape(w.shape) if isinstance(w, QuantizedExperts) else w for w in (shared_w1, shared_w2)]
+    gated = kwargs.get("activation", "silu") != "relu2"
+    count = check_shared(op, *shapes, shared_weights, hidden_states.dtype, tokens, hidden, gated)
+    if shared_weights is None:
+        shared_weights = hidden_states.new_ones(1, 1).expand(tokens, count)
+    ids = torch.arange(count, dtype=torch.int32, device=hidden_states.device).expand(tokens, count)
+    options = ("activation", "interleaved", "alpha", "limit", "use_fp32_acc")
+    kept = {name: kwargs[name] for name in options if name in kwargs}
+    return routed + experts.fused_experts(hidden_states, shared_w1, shared_w2, shared_weights, ids, **kept)
+
+
+def _has_trellis(weights: QuantizedExperts | Tensor | None) -> bool:
+    return isinstance(weights, QuantizedExperts) and TRELLIS in weights.formats
 
 
 def _flat(
-    op: str, name: str, weights: QuantizedExperts | Tensor, pair: bool, interleaved: bool, trellis: bool
-) -> tuple:
-    """Tensors and shape: those of gate, then of up for a `pair`; of dense weights the one tensor."""
+    op: str,
+    name: str,
+    weights: QuantizedExperts | Tensor | None,
+    pair: bool,
+    interleaved: bool,
+    trellis: bool,
+    parts: bool,
+    dtype: torch.dtype | None,
+) -> tuple[list[Tensor], list[int]]:
+    """Tensors and shape: those of gate, then of up for a `pair`; of dense weights the one tensor, unless as `parts`."""
+    if weights is None:
+        return [], []
     if not isinstance(weights, QuantizedExperts):
         if not isinstance(weights, Tensor):
             wrong_type(op, name, f"of type {type(weights).__name__}", "a torch.Tensor or QuantizedExperts")
-        return [weights], list(weights.shape)
+        if not parts:
+            return [weights], list(weights.shape)
+        if dtype is not None:
+            check_weights(op, name, weights, dtype)
+        try:
+            return dense_buffers(weights, 2 if pair else 1, interleaved), list(weights.shape)
+        except ValueError as error:
+            raise ValueError(f"{op}: {name}, dense beside quantised experts: {error}") from None
     if not pair and len(weights.parts) == 2:
         wrong_value(op, name, "a pair of gate and up", "one matrix per expert")
     # Taking gate and up apart checks every record again: once per layer is enough.
@@ -101,20 +151,26 @@ def _flat(
     if cached is None:
         if pair and weights.shape[1] % 2:
             wrong_value(op, name, f"of shape {tuple(weights.shape)}", "of an even number of rows, gate and up")
-        parts = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
-        for part in parts:
+        of_weights = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
+        for part in of_weights:
             _check_formats(op, name, part, (TRELLIS,) if trellis else KERNEL_FORMATS)
-        cached = [tensor for part in parts for tensor in (part.codes, part.scales, part.biases, part.table)]
+        cached = [tensor for part in of_weights for tensor in (part.codes, part.scales, part.biases, part.table)]
         weights.kernel_buffers[pair, interleaved] = cached
-        weights.kernel_codes[pair, interleaved] = [_matrix_code(part) for part in parts]
+        weights.kernel_codes[pair, interleaved] = [_matrix_code(part) for part in of_weights]
     return cached, list(weights.shape)
 
 
-def _codes(weights: QuantizedExperts | Tensor, pair: bool, interleaved: bool) -> list[int]:
+def _codes(
+    weights: QuantizedExperts | Tensor, shared: QuantizedExperts | Tensor | None, pair: bool, interleaved: bool
+) -> list[int]:
     """How the parts that `_flat` gave are stored, for kernels that are compiled for it; 0: not all experts alike."""
-    if isinstance(weights, QuantizedExperts):
-        return weights.kernel_codes[pair, interleaved]
-    return [0, 0] if pair else [0]
+
+    def of(given: QuantizedExperts | Tensor) -> list[int]:
+        known = isinstance(given, QuantizedExperts)
+        return given.kernel_codes[pair, interleaved] if known else [0, 0] if pair else [0]
+
+    own = of(weights)
+    return own if shared is None else [a if a == b else 0 for a, b in zip(own, of(shared), strict=True)]
 
 
 def _matrix_code(part: Part) -> int:

@@ -191,8 +191,8 @@ def check_experts(
     interleaved: bool,
     alpha: float,
     limit: float,
-    shared_w1: Tensor | None,
-    shared_w2: Tensor | None,
+    shared_w1: Tensor | QuantizedShape | None,
+    shared_w2: Tensor | QuantizedShape | None,
     shared_weights: Tensor | None,
     use_fp32_acc: bool,
     kernel: str | None,
@@ -214,7 +214,7 @@ def check_experts(
     experts, intermediate = _check_weight_pair(op, "w1", w1, "w2", w2, "E", "I", dtype, hidden, gated)
     shared = 0
     if shared_w1 is not None or shared_w2 is not None or shared_weights is not None:
-        shared = _check_shared(op, shared_w1, shared_w2, shared_weights, dtype, tokens, hidden, gated)
+        shared = check_shared(op, shared_w1, shared_w2, shared_weights, dtype, tokens, hidden, gated)
     if w1_bias is not None:
         _check_bias(op, "w1_bias", w1_bias, dtype, (experts, w1.shape[1]), "[E, 2I]" if gated else "[E, I]")
     if w2_bias is not None:
@@ -252,6 +252,19 @@ def check_rows(op: str, name: str, tensor: Tensor) -> None:
         wrong_value(op, name, f"strided {tensor.stride()}", f"strided by at most {MAX_SIZE} elements")
 
 
+def check_weights(op: str, name: str, weight: Tensor, dtype: torch.dtype, layout: tuple[str, ...] = ()) -> None:
+    """Dense weights of all experts; `layout`: what the dimensions are, in pieces of text."""
+    if not isinstance(weight, Tensor):
+        wrong_type(op, name, f"of type {type(weight).__name__}", f"a torch.Tensor {''.join(layout)}")
+    if weight.dtype is not dtype:
+        wrong_type(op, name, weight.dtype, f"{dtype}, the dtype of hidden_states")
+    if weight.ndim != 3:
+        wrong_shape(op, name, weight, f"{''.join(layout)} (3 dimensions)".strip())
+    if not weight.is_contiguous():
+        must = "contiguous: pass weights as stored, or call .contiguous() once at load"
+        wrong_value(op, name, f"strided {weight.stride()}", must)
+
+
 def _check_weight_pair(
     op: str,
     name1: str,
@@ -269,17 +282,8 @@ def _check_weight_pair(
         (name1, w1, ("[", count, ", ", rows_name, ", H]")),
         (name2, w2, ("[", count, ", H, ", inner, "]")),
     ):
-        if isinstance(weight, QuantizedShape):
-            continue
-        if not isinstance(weight, Tensor):
-            wrong_type(op, name, f"of type {type(weight).__name__}", f"a torch.Tensor {''.join(layout)}")
-        if weight.dtype is not dtype:
-            wrong_type(op, name, weight.dtype, f"{dtype}, the dtype of hidden_states")
-        if weight.ndim != 3:
-            wrong_shape(op, name, weight, f"{''.join(layout)} (3 dimensions)")
-        if not weight.is_contiguous():
-            must = "contiguous: pass weights as stored, or call .contiguous() once at load"
-            wrong_value(op, name, f"strided {weight.stride()}", must)
+        if not isinstance(weight, QuantizedShape):
+            check_weights(op, name, weight, dtype, layout)
     experts, rows, width = w1.shape
     if width != hidden or experts < 1 or rows < 1 or (gated and rows % 2):
         even = " and an even number of rows, gate and up" if gated else ""
@@ -293,16 +297,17 @@ def _check_weight_pair(
     return experts, intermediate
 
 
-def _check_shared(
+def check_shared(
     op: str,
-    shared_w1: Tensor | None,
-    shared_w2: Tensor | None,
+    shared_w1: Tensor | QuantizedShape | None,
+    shared_w2: Tensor | QuantizedShape | None,
     shared_weights: Tensor | None,
     dtype: torch.dtype,
     tokens: int,
     hidden: int,
     gated: bool,
 ) -> int:
+    """Checks shared experts and their weights; returns how many there are."""
     for name, given, other in (("shared_w1", shared_w1, "shared_w2"), ("shared_w2", shared_w2, "shared_w1")):
         if given is None:
             reason = other if shared_w1 is not shared_w2 else "shared_weights"

@@ -44,13 +44,16 @@ _MOE_TENSORS = (
 )
 
 
-def _given(weights: list[Tensor], shape: list[int]) -> Tensor | QuantizedShape:
+def _given(weights: list[Tensor], shape: list[int]) -> Tensor | QuantizedShape | None:
+    if not weights:
+        return None
     return weights[0] if len(weights) == 1 else QuantizedShape(shape)
 
 
-def _check_buffers(op: str, hidden_states: Tensor, w1: list[Tensor], w2: list[Tensor], others: tuple) -> None:
-    tensors = (hidden_states, *w1, *w2, *(tensor for _, tensor in others))
-    names = ("hidden_states", *["w1"] * len(w1), *["w2"] * len(w2), *(name for name, _ in others))
+def _check_buffers(op: str, hidden_states: Tensor, weights: dict[str, list[Tensor]], others: dict) -> None:
+    named = [("hidden_states", hidden_states)]
+    named += [(name, tensor) for name, buffers in weights.items() for tensor in buffers]
+    names, tensors = zip(*named, *others.items(), strict=True)
     check_devices(op, names, tensors)
 
 
@@ -70,6 +73,10 @@ def fused_experts_quantized(
     w1_shape: list[int],
     w2: list[Tensor],
     w2_shape: list[int],
+    shared_w1: list[Tensor],
+    shared_w1_shape: list[int],
+    shared_w2: list[Tensor],
+    shared_w2_shape: list[int],
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
@@ -79,6 +86,7 @@ def fused_experts_quantized(
     interleaved: bool = False,
     alpha: float = 1.702,
     limit: float = 7.0,
+    shared_weights: Tensor | None = None,
     use_fp32_acc: bool = True,
     kernel: str | None = None,
     trellis: bool = False,
@@ -87,8 +95,8 @@ def fused_experts_quantized(
     """`fused_experts` with the buffers of quantised weights: what it calls for `QuantizedExperts`.
 
     `w1` and `w2` are the one dense tensor, or codes, scales, biases and table of a part, of gate and then of up for w1.
-    `trellis`: they are trellis codes, all of them. `codes`: how all experts of gate, up and down are stored, each a
-    number of `_core.matrix_code` or 0.
+    So are `shared_w1` and `shared_w2`: each as w1 or w2 is, or empty. `trellis`: they are trellis codes, all of them.
+    `codes`: how all experts of gate, up and down are stored, shared ones too, each a number of `_core.matrix_code` or 0.
     """
     op = "fused_experts"
     top_k = topk_ids.shape[1] if isinstance(topk_ids, Tensor) and topk_ids.ndim == 2 else 1
@@ -105,15 +113,16 @@ def fused_experts_quantized(
         interleaved,
         alpha,
         limit,
-        None,
-        None,
-        None,
+        _given(shared_w1, shared_w1_shape),
+        _given(shared_w2, shared_w2_shape),
+        shared_weights,
         use_fp32_acc,
         kernel,
     )
     check_assignments(op, topk_weights, topk_ids, hidden_states.shape[0], w1_shape[0])
-    others = (("topk_weights", topk_weights), ("topk_ids", topk_ids), ("w1_bias", w1_bias), ("w2_bias", w2_bias))
-    _check_buffers(op, hidden_states, w1, w2, others)
+    weights = {"w1": w1, "w2": w2, "shared_w1": shared_w1, "shared_w2": shared_w2}
+    others = {"topk_weights": topk_weights, "topk_ids": topk_ids, "w1_bias": w1_bias, "w2_bias": w2_bias}
+    _check_buffers(op, hidden_states, weights, {**others, "shared_weights": shared_weights})
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     engine = engine_of(out)
     if engine is not None:
@@ -127,9 +136,9 @@ def fused_experts_quantized(
             out,
             w1_bias,
             w2_bias,
-            None,
-            None,
-            None,
+            shared_w1 or None,
+            shared_w2 or None,
+            shared_weights,
             activation_number,
             interleaved,
             alpha,
@@ -139,6 +148,7 @@ def fused_experts_quantized(
             w2_shape[2],
             trellis,
             codes,
+            shared_w2_shape[2] if shared_w2 else 0,
         )
     return out
 
@@ -150,6 +160,10 @@ def fused_moe_quantized(
     w1_shape: list[int],
     w2: list[Tensor],
     w2_shape: list[int],
+    shared_w1: list[Tensor],
+    shared_w1_shape: list[int],
+    shared_w2: list[Tensor],
+    shared_w2_shape: list[int],
     router_logits: Tensor,
     top_k: int,
     *,
@@ -167,6 +181,7 @@ def fused_moe_quantized(
     interleaved: bool = False,
     alpha: float = 1.702,
     limit: float = 7.0,
+    shared_weights: Tensor | None = None,
     use_fp32_acc: bool = True,
     kernel: str | None = None,
     trellis: bool = False,
@@ -199,22 +214,24 @@ def fused_moe_quantized(
         interleaved,
         alpha,
         limit,
-        None,
-        None,
-        None,
+        _given(shared_w1, shared_w1_shape),
+        _given(shared_w2, shared_w2_shape),
+        shared_weights,
         use_fp32_acc,
         kernel,
     )
     if router_logits.shape != (hidden_states.shape[0], w1_shape[0]):
         must = f"[T, E] = {(hidden_states.shape[0], w1_shape[0])}, to fit hidden_states and w1"
         wrong_shape(op, "router_logits", router_logits, must)
-    others = (
-        ("router_logits", router_logits),
-        ("correction_bias", correction_bias),
-        ("w1_bias", w1_bias),
-        ("w2_bias", w2_bias),
-    )
-    _check_buffers(op, hidden_states, w1, w2, others)
+    weights = {"w1": w1, "w2": w2, "shared_w1": shared_w1, "shared_w2": shared_w2}
+    others = {
+        "router_logits": router_logits,
+        "correction_bias": correction_bias,
+        "w1_bias": w1_bias,
+        "w2_bias": w2_bias,
+        "shared_weights": shared_weights,
+    }
+    _check_buffers(op, hidden_states, weights, others)
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     engine = engine_of(out)
     if engine is not None:
@@ -230,9 +247,9 @@ def fused_moe_quantized(
             *routing,
             w1_bias,
             w2_bias,
-            None,
-            None,
-            None,
+            shared_w1 or None,
+            shared_w2 or None,
+            shared_weights,
             activation_number,
             interleaved,
             alpha,
@@ -242,6 +259,7 @@ def fused_moe_quantized(
             w2_shape[2],
             trellis,
             codes,
+            shared_w2_shape[2] if shared_w2 else 0,
         )
     return out
 
@@ -290,8 +308,12 @@ def fused_experts(
         interleaved: rows of `w1` and `w1_bias` are gate 0, up 0, gate 1, up 1, ... (gpt-oss).
         alpha: of "swiglu_clamp".
         limit: of "swiglu_clamp", above 0; math.inf: no clamp.
-        shared_w1: [N, 2Is, H] ("relu2": [N, Is, H]), contiguous: N shared experts, which every token uses.
-        shared_w2: [N, H, Is], contiguous; given together with `shared_w1`.
+        shared_w1: [N, 2Is, H] ("relu2": [N, Is, H]), contiguous: N shared experts, which every token uses. Or
+            `QuantizedExperts` of that shape, without a bias. Dense beside a quantised `w1`, or the other way round, H
+            must be a multiple of 32. Where any weights are trellis, shared experts run after the routed ones, and the
+            two results, rounded to the dtype of `hidden_states`, are added up.
+        shared_w2: [N, H, Is], contiguous; given together with `shared_w1`. Or `QuantizedExperts`, as for `shared_w1`;
+            Is a multiple of 32 where dense and quantised experts meet.
         shared_weights: [T, N] float32, float16 or bfloat16, any strides: weights of the shared experts; None: 1.
         use_fp32_acc: accumulate in float32. False, where dtype is float16: sums of up to 16 products are kept in
             float16 and added up in float32, which doubles or triples the error. bfloat16 and float32 always accumulate

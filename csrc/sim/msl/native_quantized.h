@@ -1,5 +1,7 @@
 // Dot products of quantised rows for an engine whose simdgroup is one thread. Called by the kernels'
-// moe/gemv_quantized.h, whose decoders (`Run`) say what a code is worth; here whole vectors of codes are decoded.
+// moe/gemv_quantized.h with the decoder (`Run`, kernels/formats/quantized.h) of the rows' format: it says what scales
+// and codes are worth. Here a run becomes vectors of weights; a format whose codes are beyond what is here has its
+// weights one by one from its decoder.
 #pragma once
 #include "native_dot.h"
 
@@ -10,28 +12,68 @@ constexpr uint QUANTIZED_RUN = 32;
 /// The longest group of one scale.
 constexpr uint QUANTIZED_GROUP = 128;
 
-/// kernels/formats/quantized.h: WeightFormat, ScaleFormat.
-enum QuantizedFormat : uint { QUANTIZED_AFFINE = 1, QUANTIZED_MXFP4 = 2, QUANTIZED_MXFP8 = 3, QUANTIZED_NVFP4 = 4 };
+/// Of kernels/formats/quantized.h: WeightFormat, where a format has code of its own here, and ScaleFormat.
+enum QuantizedFormat : uint { QUANTIZED_MXFP8 = 3, QUANTIZED_DENSE = 6 };
+enum QuantizedScale : uint { QUANTIZED_FP16 = 1 };
 
-METAL_FUNC float quantized_scale(const uchar* from, uint index, uint type) {
-  if (type == 0) {
-    float value;
-    __builtin_memcpy(&value, from + 4 * index, sizeof value);
-    return value;
+/// How the runs of a group become vectors.
+enum class RunKind {
+  Generic, // element by element
+  Dense,   // fp32, fp16 or bf16 as they are
+  Table,   // codes of up to 4 bits: a table of all weights, made once per group
+  Linear,  // scale * code + bias
+  Float8   // e4m3 * scale
+};
+
+template <typename Run>
+constexpr RunKind run_kind() {
+  if (uint(Run::FORMAT) == QUANTIZED_DENSE)
+    return RunKind::Dense;
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  if (Run::BITS <= 4)
+    return RunKind::Table;
+  if (Run::LINEAR)
+    return RunKind::Linear;
+  if (uint(Run::FORMAT) == QUANTIZED_MXFP8)
+    return RunKind::Float8;
+#endif
+  return RunKind::Generic;
+}
+
+/// The weights of the runs of one group of a row: `group` has its scales, `codes` are those of its first run.
+template <typename Run, RunKind KIND = run_kind<Run>()>
+struct GroupWeights {
+  Run decoder;
+  const uchar* codes;
+  alignas(64) float weights[QUANTIZED_RUN];
+
+  METAL_FUNC GroupWeights(const Run& group, const uchar* from) : decoder(group), codes(from) {}
+  METAL_FUNC void read(uint run) {
+    __builtin_memcpy(decoder.words, codes + run * sizeof decoder.words, sizeof decoder.words);
+    for (uint i = 0; i < QUANTIZED_RUN; ++i)
+      weights[i] = decoder.weight(i);
   }
-  uint16_t bits;
-  __builtin_memcpy(&bits, from + 2 * index, sizeof bits);
-  return type == 1 ? float(__builtin_bit_cast(half, bits)) : __builtin_bit_cast(float, uint32_t(bits) << 16);
-}
+  /// DOT_LANES weights of the run that was read, from element i on.
+  METAL_FUNC DotVector at(uint i) const { return dot_load(weights + i); }
+};
 
-METAL_FUNC float quantized_e8m0(uint code) {
-  return __builtin_bit_cast(float, code == 0 ? 0x00400000u : code == 255 ? 0x7FC00000u : code << 23);
-}
+template <typename Run>
+struct GroupWeights<Run, RunKind::Dense> {
+  const uchar* codes;
+  const uchar* run;
+  uint type;
 
-METAL_FUNC float quantized_e4m3(uint code) {
-  const uint16_t bits = uint16_t((code & 0x80) << 8 | (code & 0x7F) << 7);
-  return (code & 0x7F) == 0x7F ? __builtin_nanf("") : float(__builtin_bit_cast(half, bits)) * 256.0f;
-}
+  METAL_FUNC GroupWeights(const Run& group, const uchar* from) : codes(from), type(group.type) {}
+  METAL_FUNC void read(uint index) { run = codes + index * QUANTIZED_RUN * (Run::BITS / 8); }
+  METAL_FUNC DotVector at(uint i) const {
+    const uchar* from = run + i * (Run::BITS / 8);
+    if constexpr (Run::BITS == 32)
+      return dot_load(reinterpret_cast<const float*>(from));
+    else
+      return type == QUANTIZED_FP16 ? dot_load(reinterpret_cast<const half*>(from))
+                                    : dot_load(reinterpret_cast<const bfloat*>(from));
+  }
+};
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 
@@ -57,21 +99,6 @@ struct CodePlaces {
 template <uint BITS>
 constexpr CodePlaces<BITS> code_places{};
 
-/// What the codes of up to 4 bits stand for, by the low four bits of whatever holds them: a permutation of 16 floats
-/// looks at no others, so codes need not be cut out.
-template <uint FORMAT, uint BITS>
-struct CodeValues {
-  alignas(64) float value[16];
-
-  constexpr CodeValues() : value() {
-    constexpr float E2M1[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
-    for (uint i = 0; i < 16; ++i)
-      value[i] = FORMAT == QUANTIZED_AFFINE ? float(i & ((1u << BITS) - 1)) : (i & 8 ? -E2M1[i & 7] : E2M1[i & 7]);
-  }
-};
-template <uint FORMAT, uint BITS>
-constexpr CodeValues<FORMAT, BITS> code_values{};
-
 /// The codes of half a run, in the low bits of each element; above them there may be others.
 template <uint BITS>
 METAL_FUNC __m512i load_half_run(const uchar* run, uint h) {
@@ -91,57 +118,96 @@ METAL_FUNC __m512i load_half_run(const uchar* run, uint h) {
   return _mm512_or_si512(codes, _mm512_sllv_epi32(high, _mm512_load_si512(places.next_shift[h])));
 }
 
-/// The weights of a group: up to 4 bits a table of all of them, made once per group.
-template <uint FORMAT, uint BITS>
-struct GroupWeights {
+/// Two halves of a run whose elements have the codes 0, 1, 2, ..., modulo their number.
+template <uint BITS>
+struct CountingCodes {
+  uint32_t words[BITS];
+
+  constexpr CountingCodes() : words() {
+    for (uint i = 0; i < QUANTIZED_RUN; ++i)
+      for (uint b = 0; b < BITS; ++b)
+        if (i >> b & 1)
+          words[(i * BITS + b) / 32] |= 1u << (i * BITS + b) % 32;
+  }
+};
+template <uint BITS>
+constexpr CountingCodes<BITS> counting_codes{};
+
+/// A permutation of 16 floats looks at the low four bits of whatever chooses: codes need not be cut out.
+template <typename Run>
+struct GroupWeights<Run, RunKind::Table> {
+  const uchar* codes;
+  const uchar* run;
   __m512 first;
   __m512 second;
 
-  METAL_FUNC void start(float scale, float other) {
-    first = _mm512_set1_ps(scale);
-    second = _mm512_set1_ps(other);
-    if constexpr (BITS <= 4) {
-      const __m512 values = _mm512_load_ps(code_values<FORMAT, BITS>.value);
-      if constexpr (FORMAT == QUANTIZED_AFFINE) {
-        first = _mm512_fmadd_ps(values, first, second);
-      } else {
-        first = _mm512_mul_ps(values, first);
-        second = _mm512_mul_ps(values, second);
-      }
-    }
+  METAL_FUNC GroupWeights(const Run& group, const uchar* from) : codes(from) {
+    Run counting = group;
+    __builtin_memcpy(counting.words, counting_codes<Run::BITS>.words, sizeof counting.words);
+    alignas(64) float table[QUANTIZED_RUN];
+    _Pragma("GCC unroll 64") for (uint i = 0; i < QUANTIZED_RUN; ++i) table[i] = counting.weight(i);
+    first = _mm512_load_ps(table);
+    second = _mm512_load_ps(table + 16);
   }
+  METAL_FUNC void read(uint index) { run = codes + index * (QUANTIZED_RUN * Run::BITS / 8); }
+  METAL_FUNC DotVector at(uint i) const {
+    const __m512i half_run = load_half_run<Run::BITS>(run, i / 16);
+    return __builtin_bit_cast(Float16, _mm512_permutexvar_ps(half_run, i < 16 ? first : second));
+  }
+};
 
-  /// Of elements 16 h .. 16 h + 15 of a run.
-  METAL_FUNC __m512 at(const uchar* run, uint h) const {
-    const __m512i codes = load_half_run<BITS>(run, h);
-    if constexpr (BITS <= 4) {
-      return _mm512_permutexvar_ps(codes, FORMAT == QUANTIZED_NVFP4 && h == 1 ? second : first);
-    } else if constexpr (FORMAT == QUANTIZED_MXFP8) {
-      const __m512i magnitude = _mm512_and_si512(codes, _mm512_set1_epi32(0x7F));
-      const __m512i sign = _mm512_and_si512(codes, _mm512_set1_epi32(0x80));
-      const __m512i bits = _mm512_or_si512(_mm512_slli_epi32(magnitude, 7), _mm512_slli_epi32(sign, 8));
-      const __m512 value = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
-      const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7F));
-      const __m512 element = _mm512_mul_ps(value, _mm512_set1_ps(256.0f));
-      return _mm512_mul_ps(_mm512_mask_blend_ps(nan, element, _mm512_set1_ps(__builtin_nanf(""))), first);
-    } else {
-      const __m512i code = _mm512_and_si512(codes, _mm512_set1_epi32((1 << BITS) - 1));
-      return _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), first, second);
-    }
+template <typename Run>
+struct GroupWeights<Run, RunKind::Linear> {
+  const uchar* codes;
+  const uchar* run;
+  __m512 scale;
+  __m512 bias;
+
+  METAL_FUNC GroupWeights(const Run& group, const uchar* from)
+      : codes(from), scale(_mm512_set1_ps(group.first)), bias(_mm512_set1_ps(group.second)) {}
+  METAL_FUNC void read(uint index) { run = codes + index * (QUANTIZED_RUN * Run::BITS / 8); }
+  METAL_FUNC DotVector at(uint i) const {
+    const __m512i mask = _mm512_set1_epi32((1 << Run::BITS) - 1);
+    const __m512i code = _mm512_and_si512(load_half_run<Run::BITS>(run, i / 16), mask);
+    return __builtin_bit_cast(Float16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, bias));
+  }
+};
+
+template <typename Run>
+struct GroupWeights<Run, RunKind::Float8> {
+  const uchar* codes;
+  const uchar* run;
+  __m512 scale;
+
+  METAL_FUNC GroupWeights(const Run& group, const uchar* from) : codes(from), scale(_mm512_set1_ps(group.first)) {}
+  METAL_FUNC void read(uint index) { run = codes + index * QUANTIZED_RUN; }
+  METAL_FUNC DotVector at(uint i) const {
+    const __m512i code = load_half_run<8>(run, i / 16);
+    const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi32(0x7F));
+    const __m512i sign = _mm512_and_si512(code, _mm512_set1_epi32(0x80));
+    const __m512i bits = _mm512_or_si512(_mm512_slli_epi32(magnitude, 7), _mm512_slli_epi32(sign, 8));
+    const __m512 value = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
+    const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7F));
+    const __m512 element = _mm512_mul_ps(value, _mm512_set1_ps(Run::UNIT));
+    const __m512 safe = _mm512_mask_blend_ps(nan, element, _mm512_set1_ps(__builtin_nanf("")));
+    return __builtin_bit_cast(Float16, _mm512_mul_ps(safe, scale));
   }
 };
 
 #endif
 
-/// total[r][c] = row r . x[c] over runs begin .. end - 1, begin at the start of a group. `next`: bytes of codes to the
-/// row that takes a row's place, see dot_whole_vectors.
-template <typename Run, uint R, uint C, typename T>
-METAL_FUNC void dot_quantized(const uchar* const (&codes)[R], const uchar* const (&scales)[R],
-                              const uchar* const (&biases)[R], ulong next, uint group_shift, uint scale_type,
-                              const T* const (&x)[C], uint begin, uint end, float (&total)[R][C]) {
+/// total[r][c] = row r of `w` . x[c] over runs begin .. end - 1, begin at the start of a group. `w`: R rows, as
+/// moe/gemv_quantized.h has them.
+template <typename Run, typename Rows, uint R, uint C, typename T>
+METAL_FUNC void dot_quantized(const Rows& w, const T* const (&x)[C], uint begin, uint end, float (&total)[R][C]) {
   constexpr uint RUN_BYTES = Run::BITS * QUANTIZED_RUN / 8;
+  const uchar* codes[R];
+  for (uint r = 0; r < R; ++r)
+    codes[r] = w.matrix.row_codes(w.row(r));
+  // To the row that takes a row's place, see dot_whole_vectors.
+  const ulong next = ulong(R) * w.matrix.codes_stride;
   DotVector acc[R][C] = {};
-  const uint group_runs = 1u << group_shift;
+  const uint group_runs = 1u << w.matrix.group_shift;
   for (uint first = begin; first < end; first += group_runs) {
     // As fp32, once for all rows.
     alignas(64) float xs[C][QUANTIZED_GROUP];
@@ -151,44 +217,20 @@ METAL_FUNC void dot_quantized(const uchar* const (&codes)[R], const uchar* const
         const DotVector v = dot_load(x[c] + first * QUANTIZED_RUN + i);
         __builtin_memcpy(xs[c] + i, &v, sizeof v);
       }
-    const uint group = first >> group_shift;
     for (uint r = 0; r < R; ++r) {
-      float scale, other = 0.0f;
-      if constexpr (Run::FORMAT == QUANTIZED_AFFINE) {
-        scale = quantized_scale(scales[r], group, scale_type);
-        other = quantized_scale(biases[r], group, scale_type);
-      } else if constexpr (Run::FORMAT == QUANTIZED_NVFP4) {
-        scale = quantized_e4m3(scales[r][2 * group]);
-        other = quantized_e4m3(scales[r][2 * group + 1]);
-      } else {
-        scale = quantized_e8m0(scales[r][group]);
-      }
       const uchar* from = codes[r] + first * RUN_BYTES;
       __builtin_prefetch(from + next);
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-      GroupWeights<Run::FORMAT, Run::BITS> weights;
-      weights.start(scale, other);
-      for (uint run = 0; run < runs; ++run)
-        for (uint h = 0; h < 2; ++h) {
-          const Float16 w = __builtin_bit_cast(Float16, weights.at(from + run * RUN_BYTES, h));
-          for (uint c = 0; c < C; ++c)
-            acc[r][c] += w * dot_load(xs[c] + run * QUANTIZED_RUN + 16 * h);
-        }
-#else
+      Run group;
+      group.load_scales(w.matrix, w.row(r), first);
+      GroupWeights<Run> weights(group, from);
       for (uint run = 0; run < runs; ++run) {
-        Run decoder;
-        __builtin_memcpy(decoder.words, from + run * RUN_BYTES, RUN_BYTES);
-        constexpr float UNIT = Run::FORMAT == QUANTIZED_NVFP4 ? 16384.0f : 1.0f; // of NvRun's elements
-        decoder.first = scale * UNIT;
-        decoder.second = other * UNIT;
-        alignas(64) float w[QUANTIZED_RUN];
-        for (uint i = 0; i < QUANTIZED_RUN; ++i)
-          w[i] = decoder.weight(i);
-        for (uint i = 0; i < QUANTIZED_RUN; i += DOT_LANES)
+        weights.read(run);
+        for (uint i = 0; i < QUANTIZED_RUN; i += DOT_LANES) {
+          const DotVector weight = weights.at(i);
           for (uint c = 0; c < C; ++c)
-            acc[r][c] += dot_load(w + i) * dot_load(xs[c] + run * QUANTIZED_RUN + i);
+            acc[r][c] += weight * dot_load(xs[c] + run * QUANTIZED_RUN + i);
+        }
       }
-#endif
     }
   }
   for (uint r = 0; r < R; ++r)

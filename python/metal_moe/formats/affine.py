@@ -25,6 +25,7 @@ SMALLEST_SCALE = 1e-7
 class Affine(Format):
     NAME = "affine"
     NUMBER = 1
+    IN_KERNELS = True
     SETTINGS_OPTIONS = ("scale_dtype",)
 
     def settings(

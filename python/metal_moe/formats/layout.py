@@ -5,8 +5,8 @@ has E matrices of [rows, columns], rows being output features, in four buffers:
 
 | buffer | type | holds |
 | --- | --- | --- |
-| `codes` | bytes | the codes of all matrices |
-| `scales` | bytes | affine: scales; mxfp4, mxfp8, nvfp4: block scales; trellis: suh |
+| `codes` | bytes | the codes of all matrices; dense: their elements |
+| `scales` | bytes | affine: scales; mxfp4, mxfp8, nvfp4: block scales; trellis: suh; dense: nothing |
 | `biases` | bytes | affine: biases; trellis: svh; the others: nothing |
 | `table` | [E, 16] 32-bit words | one record per expert |
 
@@ -16,11 +16,11 @@ A record is 64 bytes, little-endian, which a kernel may read as this struct:
       ulong codes, scales, biases;  // where the matrix begins in each buffer, in bytes
       uint codes_stride;            // bytes from a row of codes to the next (trellis: from a row of tiles to the next)
       uint scales_stride;           // bytes from a row of scales, and of biases, to the next (trellis: 0)
-      uint format;                  // 1 affine, 2 mxfp4, 3 mxfp8, 4 nvfp4, 5 trellis
+      uint format;                  // 1 affine, 2 mxfp4, 3 mxfp8, 4 nvfp4, 5 trellis, 6 dense
       uint half_bits;               // twice the bits of a weight: trellis has rates of n + 1/2
       uint group_size;              // columns that share a scale (trellis: 128, the width of a Hadamard block)
       uint codebook;                // trellis: 0 3inst, 1 mcg, 2 mul1; otherwise 0
-      uint scale_type;              // 0 float32, 1 float16, 2 bfloat16, 3 e8m0, 4 e4m3
+      uint scale_type;              // 0 float32, 1 float16, 2 bfloat16, 3 e8m0, 4 e4m3; dense: of the elements
       uint rows, columns;           // of the weights; trellis stores both rounded up to multiples of 128
       uint reserved;                // 0
     };
@@ -88,7 +88,8 @@ class Settings:
         object.__setattr__(self, "bits", int(self.bits) if whole else float(self.bits))
 
     def __str__(self) -> str:
-        detail = self.codebook if self.format == "trellis" else f"g{self.group_size}"
+        own = {"trellis": self.codebook, "dense": self.scale_type}
+        detail = own.get(self.format, f"g{self.group_size}")
         return f"{self.format} {self.bits:g} bits {detail}"
 
 
@@ -126,6 +127,8 @@ class Format(ABC):
     """Further keyword arguments of `settings`."""
     ENCODE_OPTIONS: tuple[str, ...] = ()
     """Further keyword arguments of `encode`."""
+    IN_KERNELS: bool = False
+    """Whether kernels/formats/decoders.h lists it: kernels take it in any mix with the others that it lists."""
 
     registry: dict[str, Format] = {}
 

@@ -31,6 +31,7 @@ E2M1_TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 class BlockFloat(Format):
+    IN_KERNELS = True
     BITS: int
     BLOCK: int
     SCALE_TYPE: str

@@ -52,6 +52,7 @@ class QuantizedExperts:
                 )
             if part.device != first.device:
                 raise ValueError(f"QuantizedExperts: {name} is on {part.device}; it must be on {first.device}")
+        self.formats = {settings.format for part in self.parts.values() for settings in part.settings}
         self.shape = torch.Size((first.num_experts, len(names) * first.rows, first.columns))
         if bias is not None:
             checks.tensor("QuantizedExperts", "bias", bias, tuple(SCALE_DTYPES.values()), self.shape[:2])

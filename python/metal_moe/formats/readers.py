@@ -8,8 +8,13 @@ Which tensors make up a layer is told by their names alone. L is the layer, E th
 | exl3 | `P.experts.E.{gate,up,down}_proj.{trellis,suh,svh,mul1,mcg,su,sv,bias}`, or w1, w3, w2 for gate, up, down |
 | mlx | `P.switch_mlp.{gate,up,down}_proj.{weight,scales,biases,bias}`; gpt-oss: `experts` for `switch_mlp` |
 | gpt-oss | `P.experts.{gate_up_proj,down_proj}_{blocks,scales,bias}` |
-| dense | `P.experts.E.{gate,up,down}_proj.weight`, or w1, w3, w2 |
+| dense | `P.experts.E.{gate,up,down}_proj.{weight,bias}`, or w1, w3, w2 |
+| stacked | dense: `P.experts.{gate_up,down}_proj`, and `_bias`, [E, 2I, H] and [E, H, I] or both transposed; or \
+`P.experts.{gate,up,down}_proj`, also with `switch_mlp` for `experts` and with `.weight`, `.bias` |
 | metal-moe | `P.experts.{w1,w2}.{weight,gate,up}.{codes,scales,biases,table}`, `P.experts.{w1,w2}.bias` |
+
+Shared experts are `P.shared_experts.{gate,up,down}_proj` or `P.shared_expert...` with tensors as for exl3, mlx or dense
+experts, whatever the routed ones are; `P.shared_expert_gate` weighs them.
 """
 
 from __future__ import annotations
@@ -17,20 +22,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, shared_experts, stacked
 from .checkpoint import Checkpoint
 from .hadamard import BLOCK
-from .layout import SCALE_DTYPES, round_up
+from .layout import round_up
+from .modules import mlx_quantization
 from .part import make_part
 from .quantized_experts import BUFFERS, GATE_UP, QuantizedExperts
 from .trellis import stack_exl3
 
 PROJECTIONS = {
+    "gate_up_proj": "gate_up",
     "gate_proj": "gate",
     "up_proj": "up",
     "down_proj": "down",
@@ -44,12 +51,16 @@ EXL3_TENSORS = ("trellis", "suh", "svh", "su", "sv", "mul1", "mcg", "bias", "sca
 EXL3_UP_DIVISORS = {"mistral4": 128.0, "laguna": 128.0}
 
 _LAYER = r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d{1,6})\.(?:[^.]+\.)*?)"
-_ONE_BY_ONE = _LAYER + rf"experts\.(?P<expert>\d{{1,6}})\.(?P<projection>{'|'.join(PROJECTIONS)})\."
+_ONE_BY_ONE = _LAYER + r"experts\.(?P<expert>\d{1,6})\.(?P<projection>(?:gate|up|down)_proj|w[123])\."
 _STACKED = _LAYER + r"(?:switch_mlp|experts)\.(?P<projection>(?:gate|up|down)_proj)\."
 _PATTERNS = {
     "exl3": re.compile(_ONE_BY_ONE + rf"(?P<tensor>{'|'.join(EXL3_TENSORS)})"),
-    "dense": re.compile(_ONE_BY_ONE + r"(?P<tensor>weight)"),
+    "dense": re.compile(_ONE_BY_ONE + r"(?P<tensor>weight|bias)"),
     "mlx": re.compile(_STACKED + r"(?P<tensor>weight|scales|biases|bias)"),
+    "stacked": re.compile(
+        _LAYER
+        + r"(?:switch_mlp|experts)\.(?P<projection>(?:gate_up|gate|up|down)_proj)(?:[._](?P<tensor>weight|bias))?"
+    ),
     "gpt-oss": re.compile(_LAYER + r"experts\.(?P<projection>gate_up_proj|down_proj)_(?P<tensor>blocks|scales|bias)"),
     "metal-moe": re.compile(
         _LAYER + rf"experts\.(?P<projection>w1|w2)\.(?P<tensor>(?:weight|gate|up)\.(?:{'|'.join(BUFFERS)})|bias)"
@@ -61,6 +72,7 @@ _MAX_NAME = 512
 _TELLING = {
     "exl3": ("trellis",),
     "dense": ("weight",),
+    "stacked": ("weight",),
     "mlx": ("scales",),
     "gpt-oss": ("blocks",),
     "metal-moe": ("weight.table", "gate.table"),
@@ -73,13 +85,21 @@ class LayerExperts:
 
     layer: int
     source: str
-    """"exl3", "mlx", "gpt-oss", "dense" or "metal-moe"."""
+    """"exl3", "mlx", "gpt-oss", "dense", "stacked" or "metal-moe"."""
     block: str
     """The name in front of "experts", for instance "model.layers.3.mlp."."""
     w1: QuantizedExperts | Tensor
     w2: QuantizedExperts | Tensor
+    w1_bias: Tensor | None = None
+    """Of a dense w1; a quantised one has its own."""
+    w2_bias: Tensor | None = None
+    shared_w1: QuantizedExperts | Tensor | None = None
+    """The shared experts, [1, 2Is, H]: models that have several store them as one."""
+    shared_w2: QuantizedExperts | Tensor | None = None
+    shared_gate: Tensor | None = None
+    """[1, H]: shared_weights are sigmoid(x @ shared_gate.T)."""
     interleaved: bool = False
-    """Rows of w1 are gate 0, up 0, gate 1, ...: pass it on."""
+    """Rows of w1 and of w1_bias are gate 0, up 0, gate 1, ...: pass it on."""
     routing_scale: float = 1.0
     """Multiply routing weights by this, after normalisation."""
 
@@ -110,7 +130,11 @@ class ExpertReader:
         return self._layer(layer).source
 
     def read(self, layer: int) -> LayerExperts:
-        """The experts of one layer. Stacked tensors stay where the file is mapped; EXL3's and dense ones are copied."""
+        """The experts of one layer. Stacked tensors stay where the file is mapped.
+
+        Copied are EXL3's and dense ones, and stacked dense ones where rows and columns are exchanged or gate and up are
+        apart.
+        """
         return self._layer(layer).read(self.checkpoint)
 
     def _layer(self, layer: int) -> _Layer:
@@ -137,6 +161,8 @@ class _Layer:
     source: str
     block: str
     names: dict[tuple[int | None, str], dict[str, str]]
+    shared: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Of shared experts: projection, or "gate" of "shared_expert_gate" -> last part of the name -> whole name."""
 
     def read(self, checkpoint: Checkpoint) -> LayerExperts:
         read = {
@@ -144,6 +170,7 @@ class _Layer:
             "mlx": self._mlx,
             "gpt-oss": self._gpt_oss,
             "dense": self._dense,
+            "stacked": self._stacked,
             "metal-moe": self._own,
         }[self.source]
         try:
@@ -152,6 +179,13 @@ class _Layer:
             if tuple(made["w2"].shape) != (experts, hidden, rows // 2) or rows % 2:
                 shapes = f"w1 [{experts}, {rows}, {hidden}] and w2 {list(made['w2'].shape)}"
                 raise ValueError(f"{self.block}experts: {shapes} do not fit; they must be [E, 2I, H] and [E, H, I]")
+            if self.shared:
+                made |= shared_experts.read(self.block, self.shared, checkpoint)
+                shared_hidden = made["shared_w1"].shape[2]
+                if shared_hidden != hidden:
+                    raise ValueError(
+                        f"{self.block}: shared experts have a hidden size of {shared_hidden}; it must be {hidden}"
+                    )
             return LayerExperts(self.layer, self.source, self.block, **made)
         except (ValueError, TypeError) as error:
             text = str(error)
@@ -200,7 +234,7 @@ class _Layer:
         sides = {}
         for projection in ("gate", "up", "down"):
             weight = self._need(projection, "weight")
-            how = _mlx_quantization(checkpoint.config, weight.removesuffix(".weight"))
+            how = mlx_quantization(checkpoint.config, weight.removesuffix(".weight"))
             names = self.names[None, projection]
             self._need(projection, "scales")
             sides[projection] = {
@@ -231,22 +265,40 @@ class _Layer:
 
     def _dense(self, checkpoint: Checkpoint) -> dict:
         count = self._experts()
-        stacked = {}
-        for projection in ("gate", "up", "down"):
-            names = [self._need(projection, "weight", expert) for expert in range(count)]
-            first = checkpoint.get(names[0])
-            for name in names:
-                checks.tensor(name, "weight", checkpoint.get(name), (first.dtype,), first.shape)
-            checks.tensor(names[0], "weight", first, tuple(SCALE_DTYPES.values()), (None, None))
-            stacked[projection] = [checkpoint.get(name) for name in names]
-        gate, up, down = (stacked[name] for name in ("gate", "up", "down"))
-        if gate[0].shape != up[0].shape or gate[0].shape != down[0].shape[::-1]:
-            shapes = [tuple(each[0].shape) for each in (gate, up, down)]
-            raise ValueError(
-                f"{self.block}experts: gate, up and down are {shapes}; they must be [I, H], [I, H], [H, I]"
-            )
-        w1 = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
-        return {"w1": w1, "w2": torch.stack(down)}
+        weights = {
+            projection: [checkpoint.get(self._need(projection, "weight", expert)) for expert in range(count)]
+            for projection in ("gate", "up", "down")
+        }
+        made = stacked.one_by_one(self.block + "experts", **weights)
+
+        def bias(projection: str) -> Tensor | None:
+            names = [self.names.get((expert, projection), {}).get("bias") for expert in range(count)]
+            if all(name is None for name in names):
+                return None
+            if any(name is None for name in names):
+                raise ValueError(f"{self.block}experts: some of the experts have a bias of {projection}, some none")
+            return torch.stack([checkpoint.get(name) for name in names])
+
+        return made | stacked.biases(self.block + "experts", made["w1"], made["w2"], bias)
+
+    def _stacked(self, checkpoint: Checkpoint) -> dict:
+        name = self.block + "experts"
+        model = _text_config(checkpoint.config).get("model_type")
+        fused = (None, "gate_up") in self.names
+        if fused and (None, "gate") in self.names:
+            raise ValueError(f"{name}: there are gate_up_proj and gate_proj; there must be one of them")
+        projections = ("gate_up", "down") if fused else ("gate", "up", "down")
+        weights = [checkpoint.get(self._need(projection, "weight")) for projection in projections]
+        made = stacked.fused(name, *weights) if fused else stacked.stacked(name, *weights)
+
+        def bias(projection: str) -> Tensor | None:
+            found = self.names.get((None, projection), {}).get("bias")
+            return None if found is None else checkpoint.get(found)
+
+        made |= stacked.biases(name, made["w1"], made["w2"], bias)
+        if fused and model is None and "w1_bias" in made:
+            raise ValueError(f"{name}: config.json names no model_type: it tells the order of gate and up rows")
+        return {**made, "interleaved": fused and model in stacked.INTERLEAVED_MODELS}
 
     def _own(self, checkpoint: Checkpoint) -> dict:
         made = {}
@@ -261,11 +313,13 @@ class _Layer:
 
 def _find_layers(checkpoint: Checkpoint) -> dict[int, _Layer]:
     found: dict[int, dict[str, _Layer]] = {}
+    shared: dict[str, dict[str, dict[str, str]]] = {}
     for name in checkpoint.names():
         if len(name) > _MAX_NAME:
             raise ValueError(
                 f"{checkpoint.path}: a tensor's name has {len(name)} characters; at most {_MAX_NAME} are read"
             )
+        shared_experts.find(name, shared)
         for source, pattern in _PATTERNS.items():
             match = pattern.fullmatch(name)
             if match is None:
@@ -279,9 +333,9 @@ def _find_layers(checkpoint: Checkpoint) -> dict[int, _Layer]:
                 )
             expert = None if groups.get("expert") is None else int(groups["expert"])
             projection = groups["projection"]
-            if source in ("exl3", "dense", "mlx"):
+            if source in ("exl3", "dense", "mlx", "stacked"):
                 projection = PROJECTIONS[projection]
-            layer.names.setdefault((expert, projection), {})[groups["tensor"]] = name
+            layer.names.setdefault((expert, projection), {})[groups["tensor"] or "weight"] = name
     layers = {}
     for number, kinds in found.items():
         known = [
@@ -289,12 +343,15 @@ def _find_layers(checkpoint: Checkpoint) -> dict[int, _Layer]:
             for source, kind in kinds.items()
             if any(tensor in names for names in kind.names.values() for tensor in _TELLING[source])
         ]
+        if any(kind.source == "mlx" for kind in known):  # whose weights have the names of stacked ones
+            known = [kind for kind in known if kind.source != "stacked"]
         if len(known) > 1:
             raise ValueError(
                 f"{checkpoint.path}: layer {number} has experts of {' and '.join(k.source for k in known)}"
             )
         if known:
             layers[number] = known[0]
+            known[0].shared = shared.get(known[0].block, {})
     if not layers:
         raise ValueError(f"{checkpoint.path}: no experts are found among {len(checkpoint.names())} tensors")
     return layers
@@ -320,19 +377,3 @@ def _size(config: dict, kind: str, stored: int) -> int:
         if isinstance(size, int) and not isinstance(size, bool) and size > 0 and round_up(size, BLOCK) == stored:
             return size
     return stored
-
-
-def _mlx_quantization(config: dict, module: str) -> dict:
-    """Group size, bits and mode of a module: its own entry in config.json, or the model's."""
-    whole = config.get("quantization") or config.get("quantization_config")
-    if not isinstance(whole, dict):
-        raise ValueError("config.json has no quantization: group_size and bits of MLX's tensors are not known")
-    own = whole.get(module)
-    chosen = {**whole, **own} if isinstance(own, dict) else whole
-    mode = chosen.get("mode", "affine")
-    result = {"group_size": chosen.get("group_size"), "bits": chosen.get("bits"), "mode": mode}
-    for key in ("group_size", "bits"):
-        checks.integer(f"config.json: quantization of {module}", key, result[key])
-    if not isinstance(mode, str):
-        raise ValueError(f"config.json: quantization of {module}: mode is {mode!r}; it must be a string")
-    return result
