@@ -1,15 +1,19 @@
 """`metal-moe quantize`: what it writes, reports and draws."""
 
+import itertools
 import json
 from xml.etree import ElementTree
 
+import metal_moe
 import pytest
 import torch
 from metal_moe import cli
 from metal_moe.cli.plot import log_chart
 from metal_moe.formats import ExpertReader, QuantizedExperts
+from mlx_tensors import mlx_quantize, to_mlx
 from safetensors.torch import save_file
 from test_formats_mxfp4 import gpt_oss
+from test_formats_trellis import exl3_linear
 
 
 def dense_checkpoint(folder, layers=(0, 3), experts=3, hidden=64, intermediate=32):
@@ -199,3 +203,85 @@ def test_wrong_usage(arguments, capsys, tmp_path):
 def test_charts_of_little():
     """One layer; errors of zero."""
     ElementTree.fromstring(log_chart("a < b", "x", "y", [5], {"gate": [(0.0, 0.0, 0.0)]}))
+
+
+def checkpoint_of(kind: str, folder) -> dict:
+    """A small checkpoint of every kind that is read, of two layers, 128 by 128."""
+    if kind == "dense":
+        return dense_checkpoint(folder, (1, 2), 2, 128, 128)
+    tensors, config = (
+        {},
+        {"hidden_size": 128, "moe_intermediate_size": 128, "quantization": {"group_size": 64, "bits": 4}},
+    )
+    for layer in (1, 2):
+        prefix = f"model.layers.{layer}.mlp."
+        if kind == "gpt-oss":
+            for projection, rows in (("gate_up_proj", 256), ("down_proj", 128)):
+                parts = dict(zip(("blocks", "scales", "bias"), gpt_oss(2, rows, 128, seed=layer), strict=True))
+                tensors |= {f"{prefix}experts.{projection}_{key}": tensor for key, tensor in parts.items()}
+        elif kind == "stacked":
+            tensors |= {f"{prefix}experts.gate_up_proj": torch.randn(2, 128, 256).bfloat16()}
+            tensors |= {f"{prefix}experts.gate_up_proj_bias": torch.randn(2, 256).bfloat16()}
+            tensors |= {f"{prefix}experts.down_proj": torch.randn(2, 128, 128).bfloat16()}
+            tensors |= {f"{prefix}experts.down_proj_bias": torch.randn(2, 128).bfloat16()}
+            config |= {"model_type": "gpt_oss"}
+        elif kind == "exl3":
+            for expert, projection in itertools.product(range(2), ("gate_proj", "up_proj", "down_proj")):
+                linear = exl3_linear(128, 128, 4, seed=10 * layer + expert)
+                tensors |= {f"{prefix}experts.{expert}.{projection}.{key}": tensor for key, tensor in linear.items()}
+            config |= {"model_type": "mistral4"}
+        else:
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                weights = to_mlx(torch.randn(2, 128, 128).numpy(), "bfloat16")
+                parts = dict(zip(("weight", "scales", "biases"), mlx_quantize(weights, 64, 4, "affine"), strict=True))
+                tensors |= {f"{prefix}switch_mlp.{projection}.{key}": tensor for key, tensor in parts.items()}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["dense", "stacked", "mlx", "gpt-oss", "exl3"])
+def test_every_kind_of_checkpoint(kind, capsys, tmp_path):
+    """What is written computes the layer that was read, as far as 8 bits go: rows in order, biases and scales kept."""
+    checkpoint_of(kind, tmp_path / "in")
+    plot = tmp_path / "errors.svg"
+    arguments = ["--output", tmp_path / "out", "--format", "affine", "--bits", "8", "--plot", plot]
+    status, out, err = run(capsys, "quantize", tmp_path / "in", *arguments)
+    assert status == 0, err
+    assert "layer 2 (2 of 2) down [########################] 100%" in err and "2 layers" in out
+    assert len(list(ElementTree.fromstring(plot.read_text()).iter("{http://www.w3.org/2000/svg}circle"))) == 6
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(5))
+    ids, weights = torch.tensor([[0, 1]] * 3, dtype=torch.int32), torch.full((3, 2), 0.5)
+    results = []
+    for folder in ("in", "out"):
+        with ExpertReader(tmp_path / folder) as reader:
+            assert reader.layers == [1, 2]
+            layer = reader.read(2)
+        w1, w2 = (w.dequantize() if isinstance(w, QuantizedExperts) else w.float() for w in (layer.w1, layer.w2))
+        biases = [
+            w.bias if isinstance(w, QuantizedExperts) else own
+            for w, own in ((layer.w1, layer.w1_bias), (layer.w2, layer.w2_bias))
+        ]
+        assert all((bias is not None) == (kind in ("gpt-oss", "stacked")) for bias in biases)
+        options = {"interleaved": layer.interleaved} | {
+            name: bias.float() for name, bias in zip(("w1_bias", "w2_bias"), biases, strict=True) if bias is not None
+        }
+        scaled = weights * layer.routing_scale
+        results.append(metal_moe.fused_experts(x, w1, w2, scaled, ids, **options))
+    assert results[0].isfinite().all()
+    assert relative_mse(results[1], results[0]) < 1e-3
+
+
+def test_shared_experts_are_kept_as_they_are(capsys, tmp_path):
+    dense_checkpoint(tmp_path / "dense", (1,), 2)
+    shared = {
+        f"model.layers.1.mlp.shared_experts.{name}_proj.weight": torch.randn(shape)
+        for name, shape in (("gate", (96, 64)), ("up", (96, 64)), ("down", (64, 96)))
+    }
+    save_file(shared, tmp_path / "dense" / "more.safetensors")
+    run_json(capsys, "quantize", tmp_path / "dense", "--output", tmp_path / "out", "--format", "mxfp4")
+    with ExpertReader(tmp_path / "dense") as before, ExpertReader(tmp_path / "out") as after:
+        exact, kept = before.read(1), after.read(1)
+    assert torch.equal(kept.shared_w1, exact.shared_w1) and torch.equal(kept.shared_w2, exact.shared_w2)
+    assert kept.shared_w1.shape == (1, 192, 64)

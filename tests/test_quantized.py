@@ -94,6 +94,20 @@ def test_mixed_bits_and_formats(use_engine, engine, family, dtype):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
+def test_gate_6_up_2_down_3_but_for_expert_7(use_engine, engine, family):
+    use_engine(engine)
+    layer = make_layer(TOKENS[family] + 4, 64, 64, 9, 3, torch.float32)
+    assert (layer.topk_ids == 7).any()
+    gate, up, down = ([bits] * 7 + [other] + [bits] for bits, other in ((6, 8), (2, 5), (3, 4)))
+    w1 = quantized(layer.w1, bits={"gate": gate, "up": up}, group_size=32)
+    w2 = quantized(layer.w2, bits=down, group_size=32)
+    assert [part.settings[7].bits for part in (*w1.gate_up(), w2.parts["weight"])] == [8, 5, 4]
+    check(layer, w1, w2, kernel=family)
+    assert metal_moe.last_dispatch()["dispatches"] == (2 if family == "moe_decode" else 4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("activation", ["silu", "relu2", "swiglu_clamp"])
 def test_activations_interleaving_and_dropped_ids(use_engine, engine, family, activation):
     use_engine(engine)

@@ -30,8 +30,10 @@ public:
     add(layer.shared_w1);
     add(layer.shared_w2);
     add(layer.shared_weights);
-    for (const QuantizedPart* part : {&layer.gate, &layer.up, &layer.down})
+    for (const QuantizedPart* part :
+         {&layer.gate, &layer.up, &layer.down, &layer.shared_gate, &layer.shared_up, &layer.shared_down})
       add(*part);
+    add(uint64_t(layer.shared_intermediate));
     if (call.routed) {
       add(call.logits);
       add(call.correction_bias);
@@ -61,8 +63,8 @@ public:
 
 private:
   static constexpr uint32_t MAX_FAMILY_BYTES = 32;
-  static constexpr uint32_t TENSORS = 10, PARTS = 3, TENSOR_WORDS = 1 + 2 * TensorView::MAX_RANK;
-  static constexpr uint32_t MAX_WORDS = 7 + (TENSORS + 4 * PARTS) * TENSOR_WORDS + MAX_FAMILY_BYTES / sizeof(uint64_t);
+  static constexpr uint32_t TENSORS = 10, PARTS = 6, TENSOR_WORDS = 1 + 2 * TensorView::MAX_RANK;
+  static constexpr uint32_t MAX_WORDS = 8 + (TENSORS + 4 * PARTS) * TENSOR_WORDS + MAX_FAMILY_BYTES / sizeof(uint64_t);
 
   void add(uint64_t word) { words_[count_++] = word; }
   void add(const TensorView& tensor) {

@@ -21,26 +21,38 @@ enum class RunKind {
   Generic, // element by element
   Dense,   // fp32, fp16 or bf16 as they are
   Table,   // codes of up to 4 bits: a table of all weights, made once per group
-  Linear,  // scale * code + bias
+  Linear,  // scale * code + bias, applied to the sums of a group
   Float8   // e4m3 * scale
 };
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+constexpr bool QUANTIZED_TABLES = true;
+constexpr uint QUANTIZED_TABLE_BITS = 4; // of codes that a single permutation looks up
+#elif defined(__AVX2__) && defined(__F16C__)
+constexpr bool QUANTIZED_TABLES = true;
+constexpr uint QUANTIZED_TABLE_BITS = 3;
+#else
+constexpr bool QUANTIZED_TABLES = false;
+constexpr uint QUANTIZED_TABLE_BITS = 0;
+#endif
 
 template <typename Run>
 constexpr RunKind run_kind() {
   if (uint(Run::FORMAT) == QUANTIZED_DENSE)
     return RunKind::Dense;
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-  if (Run::BITS <= 4)
+  if (Run::BITS <= QUANTIZED_TABLE_BITS)
     return RunKind::Table;
   if (Run::LINEAR)
     return RunKind::Linear;
-  if (uint(Run::FORMAT) == QUANTIZED_MXFP8)
+  if (QUANTIZED_TABLES && Run::BITS <= 4)
+    return RunKind::Table;
+  if (QUANTIZED_TABLES && uint(Run::FORMAT) == QUANTIZED_MXFP8)
     return RunKind::Float8;
-#endif
   return RunKind::Generic;
 }
 
-/// The weights of the runs of one group of a row: `group` has its scales, `codes` are those of its first run.
+/// The weights of the runs of one group of a row: `group` has its scales, `codes` are those of its first run. What at()
+/// gives is multiplied with x and added up; finish() makes what that sum stands for of it, `total` being the sum of x.
 template <typename Run, RunKind KIND = run_kind<Run>()>
 struct GroupWeights {
   Run decoder;
@@ -53,8 +65,9 @@ struct GroupWeights {
     for (uint i = 0; i < QUANTIZED_RUN; ++i)
       weights[i] = decoder.weight(i);
   }
-  /// DOT_LANES weights of the run that was read, from element i on.
+  /// DOT_LANES elements of the run that was read, from element i on.
   METAL_FUNC DotVector at(uint i) const { return dot_load(weights + i); }
+  METAL_FUNC DotVector finish(DotVector sum, DotVector) const { return sum; }
 };
 
 template <typename Run>
@@ -73,7 +86,31 @@ struct GroupWeights<Run, RunKind::Dense> {
       return type == QUANTIZED_FP16 ? dot_load(reinterpret_cast<const half*>(from))
                                     : dot_load(reinterpret_cast<const bfloat*>(from));
   }
+  METAL_FUNC DotVector finish(DotVector sum, DotVector) const { return sum; }
 };
+
+/// Two halves of a run whose elements have the codes 0, 1, 2, ..., modulo their number.
+template <uint BITS>
+struct CountingCodes {
+  uint32_t words[BITS];
+
+  constexpr CountingCodes() : words() {
+    for (uint i = 0; i < QUANTIZED_RUN; ++i)
+      for (uint b = 0; b < BITS; ++b)
+        if (i >> b & 1)
+          words[(i * BITS + b) / 32] |= 1u << (i * BITS + b) % 32;
+  }
+};
+template <uint BITS>
+constexpr CountingCodes<BITS> counting_codes{};
+
+/// The weights of all codes, of the first and of the second half of a run, which may have scales of their own.
+template <typename Run>
+METAL_FUNC void code_table(const Run& group, float (&table)[QUANTIZED_RUN]) {
+  Run counting = group;
+  __builtin_memcpy(counting.words, counting_codes<Run::BITS>.words, sizeof counting.words);
+  _Pragma("GCC unroll 64") for (uint i = 0; i < QUANTIZED_RUN; ++i) table[i] = counting.weight(i);
+}
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 
@@ -118,21 +155,6 @@ METAL_FUNC __m512i load_half_run(const uchar* run, uint h) {
   return _mm512_or_si512(codes, _mm512_sllv_epi32(high, _mm512_load_si512(places.next_shift[h])));
 }
 
-/// Two halves of a run whose elements have the codes 0, 1, 2, ..., modulo their number.
-template <uint BITS>
-struct CountingCodes {
-  uint32_t words[BITS];
-
-  constexpr CountingCodes() : words() {
-    for (uint i = 0; i < QUANTIZED_RUN; ++i)
-      for (uint b = 0; b < BITS; ++b)
-        if (i >> b & 1)
-          words[(i * BITS + b) / 32] |= 1u << (i * BITS + b) % 32;
-  }
-};
-template <uint BITS>
-constexpr CountingCodes<BITS> counting_codes{};
-
 /// A permutation of 16 floats looks at the low four bits of whatever chooses: codes need not be cut out.
 template <typename Run>
 struct GroupWeights<Run, RunKind::Table> {
@@ -142,10 +164,8 @@ struct GroupWeights<Run, RunKind::Table> {
   __m512 second;
 
   METAL_FUNC GroupWeights(const Run& group, const uchar* from) : codes(from) {
-    Run counting = group;
-    __builtin_memcpy(counting.words, counting_codes<Run::BITS>.words, sizeof counting.words);
     alignas(64) float table[QUANTIZED_RUN];
-    _Pragma("GCC unroll 64") for (uint i = 0; i < QUANTIZED_RUN; ++i) table[i] = counting.weight(i);
+    code_table(group, table);
     first = _mm512_load_ps(table);
     second = _mm512_load_ps(table + 16);
   }
@@ -154,24 +174,16 @@ struct GroupWeights<Run, RunKind::Table> {
     const __m512i half_run = load_half_run<Run::BITS>(run, i / 16);
     return __builtin_bit_cast(Float16, _mm512_permutexvar_ps(half_run, i < 16 ? first : second));
   }
+  METAL_FUNC DotVector finish(DotVector sum, DotVector) const { return sum; }
 };
 
-template <typename Run>
-struct GroupWeights<Run, RunKind::Linear> {
-  const uchar* codes;
-  const uchar* run;
-  __m512 scale;
-  __m512 bias;
-
-  METAL_FUNC GroupWeights(const Run& group, const uchar* from)
-      : codes(from), scale(_mm512_set1_ps(group.first)), bias(_mm512_set1_ps(group.second)) {}
-  METAL_FUNC void read(uint index) { run = codes + index * (QUANTIZED_RUN * Run::BITS / 8); }
-  METAL_FUNC DotVector at(uint i) const {
-    const __m512i mask = _mm512_set1_epi32((1 << Run::BITS) - 1);
-    const __m512i code = _mm512_and_si512(load_half_run<Run::BITS>(run, i / 16), mask);
-    return __builtin_bit_cast(Float16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, bias));
-  }
-};
+/// DOT_LANES codes of a run from element i on, as numbers.
+template <uint BITS>
+METAL_FUNC DotVector load_numbers(const uchar* run, uint i) {
+  const __m512i mask = _mm512_set1_epi32((1 << BITS) - 1);
+  const __m512i codes = _mm512_and_si512(load_half_run<BITS>(run, i / 16), mask);
+  return __builtin_bit_cast(Float16, _mm512_cvtepi32_ps(codes));
+}
 
 template <typename Run>
 struct GroupWeights<Run, RunKind::Float8> {
@@ -192,9 +204,112 @@ struct GroupWeights<Run, RunKind::Float8> {
     const __m512 safe = _mm512_mask_blend_ps(nan, element, _mm512_set1_ps(__builtin_nanf("")));
     return __builtin_bit_cast(Float16, _mm512_mul_ps(safe, scale));
   }
+  METAL_FUNC DotVector finish(DotVector sum, DotVector) const { return sum; }
+};
+
+#else
+
+using Int8 = int32_t __attribute__((vector_size(32)));
+
+/// For 8 codes, number c of a run's four: the bytes at which the 32 bits begin that hold the first and the last four
+/// of them (up to 4 bits: all of them), inside of the run, and where in those each code begins.
+template <uint BITS>
+struct CodePlaces {
+  uint byte[4][2];
+  alignas(32) uint32_t shift[4][8];
+
+  constexpr CodePlaces() : byte(), shift() {
+    for (uint c = 0; c < 4; ++c)
+      for (uint i = 0; i < 8; ++i) {
+        const uint half = BITS > 4 ? i / 4 : 0;
+        const uint begin = (8 * c + 4 * half) * BITS / 8, last = 4 * BITS - 4;
+        byte[c][half] = begin < last ? begin : last;
+        shift[c][i] = (8 * c + i) * BITS - 8 * byte[c][half];
+      }
+  }
+};
+template <uint BITS>
+constexpr CodePlaces<BITS> code_places{};
+
+/// 8 codes of a run from element i on, in the low bits of each element; above them there may be others.
+template <uint BITS>
+METAL_FUNC Uint8 load_codes8(const uchar* run, uint i) {
+  const CodePlaces<BITS>& places = code_places<BITS>;
+  uint32_t low, high;
+  __builtin_memcpy(&low, run + places.byte[i / 8][0], sizeof low);
+  Uint8 shift;
+  __builtin_memcpy(&shift, places.shift[i / 8], sizeof shift);
+  if constexpr (BITS <= 4)
+    return Uint8{low, low, low, low, low, low, low, low} >> shift;
+  __builtin_memcpy(&high, run + places.byte[i / 8][1], sizeof high);
+  return Uint8{low, low, low, low, high, high, high, high} >> shift;
+}
+
+template <uint BITS>
+METAL_FUNC DotVector load_numbers(const uchar* run, uint i) {
+  return __builtin_convertvector(__builtin_bit_cast(Int8, load_codes8<BITS>(run, i) & ((1u << BITS) - 1)), Float8);
+}
+
+#if defined(__AVX2__) && defined(__F16C__)
+
+/// A permutation of 8 floats looks at the low three bits of whatever chooses, a blend at the sign.
+template <typename Run>
+struct GroupWeights<Run, RunKind::Table> {
+  const uchar* codes;
+  const uchar* run;
+  alignas(32) float table[QUANTIZED_RUN];
+
+  METAL_FUNC GroupWeights(const Run& group, const uchar* from) : codes(from) { code_table(group, table); }
+  METAL_FUNC void read(uint index) { run = codes + index * (QUANTIZED_RUN * Run::BITS / 8); }
+  METAL_FUNC DotVector at(uint i) const {
+    const __m256i chosen = __builtin_bit_cast(__m256i, load_codes8<Run::BITS>(run, i));
+    const float* half = table + i / 16 * 16;
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(half), chosen);
+    if constexpr (Run::BITS < 4)
+      return __builtin_bit_cast(Float8, low);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(half + 8), chosen);
+    const __m256 sign = _mm256_castsi256_ps(_mm256_slli_epi32(chosen, 28));
+    return __builtin_bit_cast(Float8, _mm256_blendv_ps(low, high, sign));
+  }
+  METAL_FUNC DotVector finish(DotVector sum, DotVector) const { return sum; }
+};
+
+template <typename Run>
+struct GroupWeights<Run, RunKind::Float8> {
+  const uchar* codes;
+  const uchar* run;
+  float unit;
+  float scale;
+
+  METAL_FUNC GroupWeights(const Run& group, const uchar* from) : codes(from), unit(Run::UNIT), scale(group.first) {}
+  METAL_FUNC void read(uint index) { run = codes + index * QUANTIZED_RUN; }
+  METAL_FUNC DotVector at(uint i) const {
+    const __m128i code = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(run + i)));
+    const __m128i magnitude = _mm_and_si128(code, _mm_set1_epi16(0x7F));
+    const __m128i sign = _mm_slli_epi16(_mm_and_si128(code, _mm_set1_epi16(0x80)), 8);
+    const __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7F)), _mm_set1_epi16(0x7E00));
+    const __m128i bits = _mm_or_si128(_mm_or_si128(_mm_slli_epi16(magnitude, 7), sign), nan);
+    return __builtin_bit_cast(Float8, _mm256_cvtph_ps(bits));
+  }
+  // The unit first: a large scale times it may overflow.
+  METAL_FUNC DotVector finish(DotVector sum, DotVector) const { return sum * unit * scale; }
 };
 
 #endif
+#endif
+
+template <typename Run>
+struct GroupWeights<Run, RunKind::Linear> {
+  const uchar* codes;
+  const uchar* run;
+  float scale;
+  float bias;
+
+  METAL_FUNC GroupWeights(const Run& group, const uchar* from) : codes(from), scale(group.first), bias(group.second) {}
+  METAL_FUNC void read(uint index) { run = codes + index * (QUANTIZED_RUN * Run::BITS / 8); }
+  METAL_FUNC DotVector at(uint i) const { return load_numbers<Run::BITS>(run, i); }
+  METAL_FUNC DotVector finish(DotVector sum, DotVector total) const { return sum * scale + total * bias; }
+};
 
 /// total[r][c] = row r of `w` . x[c] over runs begin .. end - 1, begin at the start of a group. `w`: R rows, as
 /// moe/gemv_quantized.h has them.
@@ -209,13 +324,15 @@ METAL_FUNC void dot_quantized(const Rows& w, const T* const (&x)[C], uint begin,
   DotVector acc[R][C] = {};
   const uint group_runs = 1u << w.matrix.group_shift;
   for (uint first = begin; first < end; first += group_runs) {
-    // As fp32, once for all rows.
+    // As fp32, and their sum, once for all rows.
     alignas(64) float xs[C][QUANTIZED_GROUP];
+    DotVector sums[C] = {};
     const uint runs = end - first < group_runs ? end - first : group_runs;
     for (uint c = 0; c < C; ++c)
       for (uint i = 0; i < runs * QUANTIZED_RUN; i += DOT_LANES) {
         const DotVector v = dot_load(x[c] + first * QUANTIZED_RUN + i);
         __builtin_memcpy(xs[c] + i, &v, sizeof v);
+        sums[c] += v;
       }
     for (uint r = 0; r < R; ++r) {
       const uchar* from = codes[r] + first * RUN_BYTES;
@@ -223,14 +340,17 @@ METAL_FUNC void dot_quantized(const Rows& w, const T* const (&x)[C], uint begin,
       Run group;
       group.load_scales(w.matrix, w.row(r), first);
       GroupWeights<Run> weights(group, from);
+      DotVector part[C] = {};
       for (uint run = 0; run < runs; ++run) {
         weights.read(run);
-        for (uint i = 0; i < QUANTIZED_RUN; i += DOT_LANES) {
+        _Pragma("GCC unroll 4") for (uint i = 0; i < QUANTIZED_RUN; i += DOT_LANES) {
           const DotVector weight = weights.at(i);
           for (uint c = 0; c < C; ++c)
-            acc[r][c] += weight * dot_load(xs[c] + run * QUANTIZED_RUN + i);
+            part[c] += weight * dot_load(xs[c] + run * QUANTIZED_RUN + i);
         }
       }
+      for (uint c = 0; c < C; ++c)
+        acc[r][c] += weights.finish(part[c], sums[c]);
     }
   }
   for (uint r = 0; r < R; ++r)

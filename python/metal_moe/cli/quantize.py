@@ -23,7 +23,7 @@ from .plot import log_chart
 from .text import DTYPES, Bar, Progress, gigabytes, table
 
 NAME = "quantize"
-HELP = "quantise the experts of a checkpoint; errors by layer"
+HELP = "quantise the routed experts of a checkpoint; errors by layer"
 
 REPORT = "quantization_report.json"
 PROJECTIONS = ("gate", "up", "down")
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace, progress: Progress) -> dict:
                 name: t
                 for target, each in quantised.items()
                 for name, t in each.state_dict(f"{prefix}{target}.").items()
-            }
+            } | reader.shared_tensors(layer)
             save_safetensors(options.output / file, state, {"format": "metal_moe"})
             weight_map |= dict.fromkeys(state, file)
             size = sum(tensor.nbytes for tensor in state.values())
@@ -188,10 +188,15 @@ def _dense(experts: LayerExperts) -> dict[str, Tensor]:
 
     gate, up = halves(weights(experts.w1))
     dense = {"gate": gate, "up": up, "down": weights(experts.w2)}
-    for of, names in ((experts.w1, ("gate_bias", "up_bias")), (experts.w2, ("down_bias",))):
-        bias = of.bias if isinstance(of, QuantizedExperts) else None
+    for of, bias, names in (
+        (experts.w1, experts.w1_bias, ("gate_bias", "up_bias")),
+        (experts.w2, experts.w2_bias, ("down_bias",)),
+    ):
+        bias = of.bias if isinstance(of, QuantizedExperts) else bias
         if bias is not None:
             dense |= dict(zip(names, halves(bias) if len(names) == 2 else (bias,), strict=True))
+    if experts.routing_scale != 1:  # what is written has none: the weights of up have it back
+        dense |= {name: dense[name] * experts.routing_scale for name in ("up", "up_bias") if name in dense}
     return dense
 
 
@@ -202,7 +207,7 @@ def _quantize_layer(
     count = dense["gate"].shape[0]
     bits = _bits(options, count)
     inputs = None if calibration is None else _inputs(calibration, experts.block, dense["gate"].shape[2], device)
-    activation = options.activation or ("swiglu_clamp" if experts.source == "gpt-oss" else "silu")
+    activation = options.activation or ("swiglu_clamp" if experts.interleaved else "silu")
     trellis = options.format == "trellis"
     scale_dtype = torch.bfloat16 if isinstance(experts.w1, QuantizedExperts) else experts.w1.dtype
     if options.scale_dtype:

@@ -137,6 +137,11 @@ class ExpertReader:
         """
         return self._layer(layer).read(self.checkpoint)
 
+    def shared_tensors(self, layer: int) -> dict[str, Tensor]:
+        """The tensors of a layer's shared experts by name, as they are stored."""
+        names = self._layer(layer).shared
+        return {name: self.checkpoint.get(name) for tensors in names.values() for name in tensors.values()}
+
     def _layer(self, layer: int) -> _Layer:
         if layer not in self._found:
             known = f"{self.layers[0]} to {self.layers[-1]}"
