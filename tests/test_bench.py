@@ -129,6 +129,21 @@ def test_wrong_peer_fails(quick, capsys, monkeypatch, device):
     assert "error of loop is 1.0e-01; the limit is 0.06" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("format", ["affine4", "mxfp4"])
+def test_quantised_weights_beside_mlx(quick, capsys, tmp_path, device, format):
+    """MLX computes with our weights: its error is judged by them, and its ratio stands in the table."""
+    path = tmp_path / "quantised.json"
+    assert run(device, "--model", "glm", "--format", format, "--json", path) == 0
+    rows = json.loads(path.read_text())["results"]
+    if device.type != "cpu":
+        assert all("mlx_gather_qmm" not in row["seconds"] for row in rows)
+        return
+    for row in rows:
+        assert row["ratios"]["mlx_gather_qmm"] == row["seconds"]["mlx_gather_qmm"] / row["seconds"]["metal_moe"]
+        assert row["relative_error"]["mlx_gather_qmm"] < 0.02
+    assert "mlx gather qmm ms" in capsys.readouterr().out
+
+
 def test_wrong_engine_fails(result):
     result["results"][1]["engine"] = "exact"
     (line,) = verdict.failures(result)
