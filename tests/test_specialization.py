@@ -108,6 +108,28 @@ def test_trellis(use_engine, engine, tokens, rates, codebook):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_shared_experts_of_another_kind_have_generic_kernels(use_engine, engine):
+    """They run in the dispatch of the routed ones, so a kernel is compiled for what both are."""
+    use_engine(engine)
+    layer = make_layer(1, 64, 64, 4, 2, torch.float32, shared=1, shared_intermediate=96)
+    one = {"format": "affine", "bits": 4, "group_size": 32}
+    w1, w2 = (QuantizedExperts.quantize(w, **one) for w in (layer.w1, layer.w2))
+    shared = {name: layer.options[name] for name in ("shared_w1", "shared_w2")}
+    for other, name in (
+        ({}, "moe_affine_swiglu_decode_4_4_4"),
+        ({"bits": 3}, ""),
+        ({"format": "dense", "bits": None, "group_size": None}, ""),
+    ):
+        settings = {**one, **other}
+        layer.options.update({key: QuantizedExperts.quantize(w, **settings) for key, w in shared.items()})
+        assert both(layer, w1, w2) == name
+    layer.options["shared_w1"] = QuantizedExperts.quantize(shared["shared_w1"], **one)
+    assert both(layer, w1, w2) == "moe_affine_swiglu_decode_4_4_any"
+    layer.options.update(shared)
+    assert both(layer, w1, w2) == "", "dense tensors"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_parts_whose_experts_differ_have_generic_kernels(use_engine, engine):
     use_engine(engine)
     layer = make_layer(3, 64, 64, 4, 2, torch.float32)

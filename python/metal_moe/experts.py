@@ -96,7 +96,7 @@ def fused_experts_quantized(
 
     `w1` and `w2` are the one dense tensor, or codes, scales, biases and table of a part, of gate and then of up for w1.
     So are `shared_w1` and `shared_w2`: each as w1 or w2 is, or empty. `trellis`: they are trellis codes, all of them.
-    `codes`: how all experts of gate, up and down are stored, shared ones too, each a number of `_core.matrix_code` or 0.
+    `codes`: how all experts of gate, up and down are stored, shared ones too; numbers of `_core.matrix_code`, or 0.
     """
     op = "fused_experts"
     top_k = topk_ids.shape[1] if isinstance(topk_ids, Tensor) and topk_ids.ndim == 2 else 1
