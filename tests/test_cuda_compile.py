@@ -54,9 +54,10 @@ def test_kernels_compile(source):
 def test_the_cache_is_read_and_written(cache):
     first = _core.compile_cuda_kernel(str(LIBRARY), "combine_bf16", ARCHITECTURE)
     (file,) = cache.iterdir()
-    assert file.suffix == ".cubin" and file.read_bytes() == first
-    file.write_bytes(b"what the cache holds")
-    assert _core.compile_cuda_kernel(str(LIBRARY), "combine_bf16", ARCHITECTURE) == b"what the cache holds"
+    assert file.suffix == ".cubin" and file.read_bytes().startswith(first)
+    written = file.stat().st_ino
+    assert _core.compile_cuda_kernel(str(LIBRARY), "combine_bf16", ARCHITECTURE) == first
+    assert file.stat().st_ino == written, "read, not compiled again"
     _core.compile_cuda_kernel(str(LIBRARY), "combine_bf16", 80)
     assert len(list(cache.iterdir())) == 2, "another architecture is another entry"
 
@@ -104,6 +105,25 @@ def test_the_cache_tells_specialised_kernels_apart(cache):
 def test_function_constants_that_a_kernel_does_not_have():
     with pytest.raises(RuntimeError, match="kernel 'route' has no function constant of an index given"):
         _core.compile_cuda_kernel(str(LIBRARY), "route", ARCHITECTURE, {0: 1})
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "one bit", "another file", "longer"])
+def test_a_damaged_file_is_compiled_again(cache, damage):
+    first = _core.compile_cuda_kernel(str(LIBRARY), "combine_bf16", ARCHITECTURE)
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    damaged = {
+        "empty": b"",
+        "cut": whole[:-100],
+        "one bit": flipped,
+        "another file": b"#!/bin/sh\n",
+        "longer": whole * 2,
+    }
+    file.write_bytes(damaged[damage])
+    assert _core.compile_cuda_kernel(str(LIBRARY), "combine_bf16", ARCHITECTURE) == first
+    assert file.read_bytes() == whole, "and replaced"
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):

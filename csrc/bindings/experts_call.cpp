@@ -150,9 +150,12 @@ void encode(CommandStream& stream, const ExpertsCall& call, const ExpertsPacking
 
 } // namespace
 
-void run_experts(const ExpertsCall& call, const ExpertsPacking* packing, pybind11::handle out) {
+void run_experts(const ExpertsCall& call, const ExpertsPacking* packing, std::span<PyObject* const> arguments,
+                 pybind11::handle out) {
   const TensorView out_view = read_tensor(call.engine->context(), out, "out", 2);
-  run(*call.engine, call.operation(), [&](CommandStream& stream) { encode(stream, call, packing, out_view); });
+  run(
+      *call.engine, call.operation(), [&] { return keep_alive(arguments, out.ptr()); },
+      [&](CommandStream& stream) { encode(stream, call, packing, out_view); }, true);
 }
 
 } // namespace metal_moe::bindings

@@ -6,6 +6,7 @@
 #include "../moe/fused_moe.h"
 
 #include <memory>
+#include <span>
 
 namespace metal_moe::bindings {
 
@@ -41,7 +42,9 @@ std::shared_ptr<const ExpertsPacking> find_packing(const ExpertsCall& call);
 /// Packings kept now.
 size_t packing_count();
 
-/// Runs the call into the tensor `out` [T, H], which is contiguous. `packing`: the call's, or null.
-void run_experts(const ExpertsCall& call, const ExpertsPacking* packing, pybind11::handle out);
+/// Runs the call into the tensor `out` [T, H], which is contiguous. `packing`: the call's, or null. `arguments`: what
+/// must live while it runs, its tensors and whatever else.
+void run_experts(const ExpertsCall& call, const ExpertsPacking* packing, std::span<PyObject* const> arguments,
+                 pybind11::handle out);
 
 } // namespace metal_moe::bindings

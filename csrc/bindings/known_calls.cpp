@@ -9,6 +9,7 @@
 #include <array>
 #include <cmath>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -104,6 +105,9 @@ public:
     }
     return std::find(values.begin(), values.begin() + names_.size(), nullptr) == values.begin() + names_.size();
   }
+
+  /// The values that bind() has set.
+  std::span<PyObject* const> given(const Values& values) const { return {values.data(), names_.size()}; }
 
   /// {text: number} of a parameter, or null.
   PyObject* choices(size_t place) const { return choices_[place]; }
@@ -301,7 +305,7 @@ public:
       locate(given_at_.ids, "topk_ids", call.ids);
     }
     py::object out = empty_like(values[at_.x]);
-    run_experts(call, packing.get(), out);
+    run_experts(call, packing.get(), parameters_.given(values), out);
     return out;
   }
 

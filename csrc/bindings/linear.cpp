@@ -63,14 +63,15 @@ bool matmul(std::string_view engine_name, py::handle a, py::handle b, py::handle
   if (!has_rows(a_view) || !(transposed || has_rows(b_view)))
     return false;
   const TensorView out_view = read_matrices(context, out, "out");
-  run(engine, "matmul", [&](CommandStream& stream) {
+  run(engine, "matmul", keeping(a, b, out), [&](CommandStream& stream) {
     encode_matmul(stream, engine, a_view, transposed ? turned : b_view, transposed, by, out_view);
   });
   return true;
 }
 
-/// The record of an operation that PyTorch computes.
+/// The record of an operation that PyTorch computes, now: what it reads must be there.
 void matmul_by_torch(std::string_view engine_name) {
+  settle_batch();
   begin_operation(MoeEngine::get(engine_name), "matmul");
   last_dispatch().family = "torch";
 }
@@ -89,7 +90,8 @@ void lora(std::string_view engine_name, py::handle x, py::handle a, py::handle b
   layer.scale = scale;
   const TensorView out_view = read_tensor(context, out, "out", 2);
   const MatmulKernel by = read_kernel(kernel);
-  run(engine, "lora", [&](CommandStream& stream) { encode_lora(stream, engine, x_view, layer, by, out_view); });
+  run(engine, "lora", keeping(x, a, b, base, adapter_ids, scales, out),
+      [&](CommandStream& stream) { encode_lora(stream, engine, x_view, layer, by, out_view); });
 }
 
 } // namespace

@@ -4,6 +4,7 @@
 #include "experts_call.h"
 #include "known_calls.h"
 #include "run.h"
+#include "streams.h"
 #include "tensors.h"
 
 #include "../core/engine_controls.h"
@@ -115,7 +116,7 @@ void fused_topk(std::string_view engine_name, py::handle logits, py::handle bias
   const TensorView ids = read_tensor(context, ids_out, "ids", 2);
   const auto options =
       routing_options(scoring, groups, topk_groups, group_score, renormalize, renormalize_epsilon, scale);
-  run(engine, "fused_topk", [&](CommandStream& stream) {
+  run(engine, "fused_topk", keeping(logits, bias, weights_out, ids_out), [&](CommandStream& stream) {
     encode_route(stream, engine, logits_view, bias_view, size_argument("top_k", ids.shape[1]), options, weights.view(),
                  ids.view());
   });
@@ -132,11 +133,12 @@ void group_tokens(std::string_view engine_name, py::handle ids, int64_t experts,
   const TensorView tiles = read_tensor(context, tiles_out, "tiles", 2);
   const GroupTables tables{offsets.view(), sorted.view(), inverse.view(), tiles.view(),
                            size_argument("number of tiles", tiles.shape[0])};
-  run(engine, "group_tokens", [&](CommandStream& stream) {
-    encode_group(stream, engine, ids_view(ids_tensor), size_argument("tokens of topk_ids", ids_tensor.shape[0]),
-                 size_argument("top_k of topk_ids", ids_tensor.shape[1]), size_argument("num_experts", experts),
-                 size_argument("shared_experts", shared), size_argument("row_tile", row_tile), tables);
-  });
+  run(engine, "group_tokens", keeping(ids, offsets_out, sorted_out, inverse_out, tiles_out),
+      [&](CommandStream& stream) {
+        encode_group(stream, engine, ids_view(ids_tensor), size_argument("tokens of topk_ids", ids_tensor.shape[0]),
+                     size_argument("top_k of topk_ids", ids_tensor.shape[1]), size_argument("num_experts", experts),
+                     size_argument("shared_experts", shared), size_argument("row_tile", row_tile), tables);
+      });
 }
 
 void pad_groups(std::string_view engine_name, py::handle offsets, py::handle sorted, py::handle padded_out) {
@@ -145,7 +147,7 @@ void pad_groups(std::string_view engine_name, py::handle offsets, py::handle sor
   const TensorView offsets_view = read_tensor(context, offsets, "offsets", 1);
   const TensorView sorted_view = read_tensor(context, sorted, "sorted_rows", 1);
   const TensorView padded = read_tensor(context, padded_out, "padded", 2);
-  run(engine, "pad_groups", [&](CommandStream& stream) {
+  run(engine, "pad_groups", keeping(offsets, sorted, padded_out), [&](CommandStream& stream) {
     encode_pad_groups(stream, engine, offsets_view.view(), sorted_view.view(),
                       size_argument("experts of padded", padded.shape[0]),
                       size_argument("capacity of padded", padded.shape[1]), padded.view());
@@ -165,7 +167,9 @@ void fused_experts(std::string_view engine_name, py::handle x, py::handle w1, py
                              alpha, limit, fp32_acc, family, intermediate, trellis, codes, shared_intermediate);
   call.weights = read_tensor(context, topk_weights, "topk_weights", 2);
   call.ids = read_tensor(context, topk_ids, "topk_ids", 2);
-  run_experts(call, packing_of(call).get(), out);
+  const std::array tensors = {x.ptr(),  w1.ptr(), w2.ptr(),        topk_weights.ptr(), topk_ids.ptr(),
+                              b1.ptr(), b2.ptr(), shared_w1.ptr(), shared_w2.ptr(),    shared_weights.ptr()};
+  run_experts(call, packing_of(call).get(), tensors, out);
 }
 
 void fused_moe(std::string_view engine_name, py::handle x, py::handle w1, py::handle w2, py::handle logits,
@@ -185,7 +189,9 @@ void fused_moe(std::string_view engine_name, py::handle x, py::handle w1, py::ha
   call.correction_bias = read_tensor(context, bias, "correction_bias", 1, true);
   call.top_k = size_argument("top_k", top_k);
   call.routing = routing_options(scoring, groups, topk_groups, group_score, renormalize, renormalize_epsilon, scale);
-  run_experts(call, packing_of(call).get(), out);
+  const std::array tensors = {x.ptr(),  w1.ptr(), w2.ptr(),        logits.ptr(),    bias.ptr(),
+                              b1.ptr(), b2.ptr(), shared_w1.ptr(), shared_w2.ptr(), shared_weights.ptr()};
+  run_experts(call, packing_of(call).get(), tensors, out);
 }
 
 void gather_experts(std::string_view engine_name, py::handle weights, py::handle ids, py::handle out) {
@@ -196,7 +202,7 @@ void gather_experts(std::string_view engine_name, py::handle weights, py::handle
   const TensorView out_view = read_tensor(context, out, "out", 0);
   if (weights_view.rank == 0)
     throw py::value_error("weights has 0 dimensions: must have at least 1");
-  run(engine, "gather_experts",
+  run(engine, "gather_experts", keeping(weights, ids, out),
       [&](CommandStream& stream) { encode_gather(stream, engine, weights_view, ids_tensor, out_view); });
 }
 
@@ -208,7 +214,7 @@ void dequantize_trellis(std::string_view engine_name, py::handle codes, py::hand
   const TensorView suh_view = read_tensor(context, suh, "suh", 2);
   const TensorView svh_view = read_tensor(context, svh, "svh", 2);
   const TensorView out_view = read_tensor(context, out, "out", 3);
-  run(engine, "dequantize_trellis", [&](CommandStream& stream) {
+  run_to_end(engine, "dequantize_trellis", [&](CommandStream& stream) {
     encode_dequantize_trellis(stream, engine, codes_view, suh_view, svh_view, size_argument("half_bits", half_bits),
                               size_argument("codebook", codebook), out_view);
   });
@@ -221,7 +227,7 @@ void viterbi(std::string_view engine_name, py::handle values, py::handle table, 
   const TensorView values_view = read_tensor(context, values, "values", 2);
   const TensorView table_view = read_tensor(context, table, "table", 1);
   const TensorView states = read_tensor(context, states_out, "states", 2);
-  run(engine, "viterbi", [&](CommandStream& stream) {
+  run_to_end(engine, "viterbi", [&](CommandStream& stream) {
     encode_viterbi(stream, engine, values_view, table_view, size_argument("half_bits", half_bits), states);
   });
 }
@@ -264,7 +270,8 @@ py::dict last_dispatch_dict() {
   return py::dict("operation"_a = trace.operation, "engine"_a = trace.engine, "family"_a = trace.family,
                   "kernels"_a = names, "dispatches"_a = trace.dispatches, "commits"_a = trace.commits,
                   "row_tile"_a = trace.row_tile, "tile_n"_a = trace.tile_n, "vectorized"_a = trace.vectorized,
-                  "specialization"_a = layer_name(trace.family, trace.activation, trace.codes));
+                  "specialization"_a = layer_name(trace.family, trace.activation, trace.codes),
+                  "layer_batch"_a = trace.layer_batch);
 }
 
 py::dict counters() {
@@ -388,6 +395,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("set_exact_seed", &set_exact_seed, "seed"_a, "Seed of the exact engine's schedule.");
   define_known_calls(m);
   define_linear(m);
+  define_streams(m);
   define_tuning(m);
 #if defined(__APPLE__)
   define_apple(m);

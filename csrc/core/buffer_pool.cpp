@@ -49,9 +49,12 @@ PooledBuffer BufferPool::acquire(size_t bytes) {
   const bool reused = buffer != nullptr;
   if (!reused) {
     buffer = device_->newBuffer(capacity, MTL::ResourceStorageModeShared); // no lock: the device may take long
+    if (!buffer && trim() > 0)
+      buffer = device_->newBuffer(capacity, MTL::ResourceStorageModeShared);
     if (!buffer)
       throw std::runtime_error("the device has no memory for a scratch buffer of " + std::to_string(capacity) +
-                               " bytes");
+                               " bytes, beside " + std::to_string(statistics().bytes_in_use) +
+                               " bytes of others in use");
     std::lock_guard lock(mutex_);
     statistics_.misses += 1;
     count_loan(capacity);

@@ -1,6 +1,7 @@
 // Scratch buffers that outlive a call: kept in power-of-two buckets and handed out again.
 #pragma once
 
+#include "fork.h"
 #include "metal.h"
 
 #include <array>
@@ -63,8 +64,9 @@ public:
   BufferPool(const BufferPool&) = delete;
   BufferPool& operator=(const BufferPool&) = delete;
 
-  /// A buffer of at least `bytes` (0 counts as 1), capacity the next power of two, never under MIN_CAPACITY.
-  /// std::invalid_argument above the largest bucket, std::runtime_error with the size where the device has no memory.
+  /// A buffer of at least `bytes` (0 counts as 1), capacity the next power of two, never under MIN_CAPACITY. Idle
+  /// buffers are given back to a device that has no memory left. std::invalid_argument above the largest bucket,
+  /// std::runtime_error with the size where there is still none.
   PooledBuffer acquire(size_t bytes);
 
   /// Gives idle buffers back to the device, largest first, until at most `keep_bytes` stay idle. Returns bytes freed.
@@ -85,6 +87,7 @@ private:
   MTL::Device* device_;
   const bool poison_;
   mutable std::mutex mutex_;
+  const ForkGuard guard_{mutex_};
   std::array<std::vector<MTL::Buffer*>, BUCKETS> idle_;
   Statistics statistics_{};
 };

@@ -6,13 +6,15 @@
 
 namespace metal_moe {
 
+constinit thread_local const CommandStream* CommandStream::handling_ = nullptr;
+
 CommandStream::CommandStream(NS::SharedPtr<MTL::CommandQueue> queue, BufferPool& pool, const Policy& policy)
     : queue_(std::move(queue)), pool_(pool), policy_(policy) {}
 
 CommandStream::CommandStream(MTL::CommandBuffer* commands, MTL::ComputeCommandEncoder* encoder, BufferPool& pool,
                              Allocate allocate)
     : pool_(pool), policy_{}, allocate_(std::move(allocate)), encoder_(NS::RetainPtr(encoder)),
-      encoding_(std::make_unique<Submission>()) {
+      encoding_(std::make_unique<Submission>(this)) {
   encoding_->commands = NS::RetainPtr(commands);
 }
 
@@ -26,15 +28,31 @@ CommandStream::~CommandStream() {
     }
     return;
   }
+  if (forked()) {
+    // The threads that would complete anything are the parent's. Whatever would wait for them is left alone.
+    encoding_.release();
+    encoder_.detach();
+    new std::deque(std::move(in_flight_));
+    completions_.release();
+    queue_->retain();
+    return;
+  }
   discard();
   while (!in_flight_.empty())
     wait_for_oldest();
 }
 
+void CommandStream::check_caller(const char* operation) const {
+  check_not_forked(operation, generation_);
+  if (handling_ == this)
+    throw std::logic_error(std::string(operation) + ": called by a completion handler of the same stream");
+}
+
 void CommandStream::open_commands() {
+  check_caller("encode");
   if (!encoding_) {
     if (spare_.empty()) {
-      encoding_ = std::make_unique<Submission>();
+      encoding_ = std::make_unique<Submission>(this);
     } else {
       encoding_ = std::move(spare_.back());
       spare_.pop_back();
@@ -80,12 +98,27 @@ BufferView CommandStream::scratch(size_t bytes) {
   return {encoding_->scratch.back().get(), 0};
 }
 
-void CommandStream::on_completed(std::function<void()> handler) {
+void CommandStream::on_completed(Handler handler) {
   if (!owned())
     throw std::logic_error("on_completed: a borrowed stream has no completion of its own");
-  if (!encoder_)
-    open();
+  open_commands();
+  if (!completions_->thread) {
+    completions_->thread = std::make_unique<CompletionThread>();
+    completions_->posts_to.store(completions_->thread.get(), std::memory_order_release);
+  }
   encoding_->handlers.push_back(std::move(handler));
+}
+
+void CommandStream::keep(std::shared_ptr<void> object) {
+  if (!owned())
+    throw std::logic_error("keep: a borrowed stream does not know when it has completed");
+  open_commands();
+  encoding_->kept.push_back(std::move(object));
+}
+
+void CommandStream::end_encoder() {
+  if (encoder_)
+    commands_between_dispatches("end_encoder");
 }
 
 MTL::CommandBuffer* CommandStream::commands_between_dispatches(const char* operation) {
@@ -115,6 +148,9 @@ void CommandStream::end_operation() {
 void CommandStream::commit() {
   if (!owned() || !encoding_)
     return;
+  check_caller("commit");
+  while (!in_flight_.empty() && oldest_is_done())
+    recycle_oldest();
   while (!in_flight_.empty() && in_flight_.size() >= policy_.max_in_flight)
     wait_for_oldest();
   if (encoder_)
@@ -135,31 +171,48 @@ void CommandStream::commit() {
 }
 
 void CommandStream::complete(Submission& submission, MTL::CommandBuffer* commands) noexcept {
-  std::string error;
+  submission.gpu_start = commands->GPUStartTime();
+  submission.gpu_end = commands->GPUEndTime();
   if (commands->status() == MTL::CommandBufferStatusError) {
     AutoreleaseScope scope;
-    error = "command buffer failed";
+    std::string& error = submission.error = "command buffer failed";
     for (size_t i = 0; i < submission.kernels.size(); ++i)
       error.append(i == 0 ? " (kernels " : ", ").append(submission.kernels[i]);
     error.append(submission.kernels.empty() ? ": " : "): ").append(describe(commands->error()));
   }
-  for (const auto& handler : submission.handlers) {
+  if (CompletionThread* thread = completions_->posts_to.load(std::memory_order_acquire))
+    thread->post(submission); // with handlers or without: they complete in order
+  else
+    finish(submission);
+}
+
+void CommandStream::finish(Submission& submission) noexcept {
+  const Completion completion{submission.gpu_start, submission.gpu_end, submission.error};
+  std::string thrown;
+  handling_ = this;
+  for (const Handler& handler : submission.handlers) {
     try {
-      handler();
+      handler(completion);
     } catch (const std::exception& exception) {
-      if (error.empty())
-        error = std::string("completion handler: ") + exception.what();
+      if (thrown.empty())
+        thrown = std::string("completion handler: ") + exception.what();
     } catch (...) {
-      if (error.empty())
-        error = "completion handler: unknown exception";
+      if (thrown.empty())
+        thrown = "completion handler: unknown exception";
     }
   }
+  handling_ = nullptr;
   submission.scratch.clear(); // back to the pool
-  std::lock_guard lock(mutex_);
-  if (error_.empty())
-    error_ = std::move(error);
+  std::lock_guard lock(completions_->mutex);
+  if (completions_->error.empty())
+    completions_->error = std::move(submission.error.empty() ? thrown : submission.error);
   submission.done = true;
-  completed_.notify_all(); // with the lock held: the stream may be destroyed as soon as it is free
+  completions_->changed.notify_all(); // with the lock held: the stream may be destroyed as soon as it is free
+}
+
+bool CommandStream::oldest_is_done() const {
+  const std::lock_guard lock(completions_->mutex);
+  return in_flight_.front()->done;
 }
 
 void CommandStream::wait_for_oldest() {
@@ -168,9 +221,13 @@ void CommandStream::wait_for_oldest() {
   oldest.commands->waitUntilCompleted();
   {
     // Metal may return from the wait before it has called the handler.
-    std::unique_lock lock(mutex_);
-    completed_.wait(lock, [&] { return oldest.done; });
+    std::unique_lock lock(completions_->mutex);
+    completions_->changed.wait(lock, [&] { return oldest.done; });
   }
+  recycle_oldest();
+}
+
+void CommandStream::recycle_oldest() {
   auto submission = std::move(in_flight_.front());
   in_flight_.pop_front();
   recycle(std::move(submission));
@@ -181,12 +238,15 @@ void CommandStream::recycle(std::unique_ptr<Submission> submission) {
   submission->kernels.clear();
   submission->scratch.clear();
   submission->handlers.clear();
+  submission->kept.clear();
+  submission->error.clear();
   spare_.push_back(std::move(submission));
 }
 
 void CommandStream::synchronize() {
   if (!owned())
     throw std::logic_error("synchronize: a borrowed stream is waited for by its owner");
+  check_caller("synchronize");
   commit();
   while (!in_flight_.empty())
     wait_for_oldest();
@@ -196,15 +256,15 @@ void CommandStream::synchronize() {
 void CommandStream::check() {
   std::string error;
   {
-    std::lock_guard lock(mutex_);
-    error.swap(error_);
+    std::lock_guard lock(completions_->mutex);
+    error.swap(completions_->error);
   }
   if (!error.empty())
     throw ExecutionError(error);
 }
 
 void CommandStream::discard() noexcept {
-  if (!owned() || !encoding_)
+  if (!owned() || !encoding_ || forked())
     return;
   if (encoder_)
     encoder_->endEncoding(); // Metal insists, even where the command buffer is dropped
@@ -216,7 +276,7 @@ void CommandStream::discard() noexcept {
 }
 
 uint32_t CommandStream::in_flight() const {
-  std::lock_guard lock(mutex_);
+  std::lock_guard lock(completions_->mutex);
   uint32_t count = 0;
   for (const auto& submission : in_flight_)
     count += submission->done ? 0 : 1;

@@ -5,8 +5,11 @@
 #pragma once
 
 #include "buffer_pool.h"
+#include "completion_thread.h"
+#include "fork.h"
 #include "pipeline_cache.h"
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -30,6 +33,12 @@ struct BufferView {
 /// A command buffer failed. The message names its kernels and repeats what the device said.
 class ExecutionError : public std::runtime_error {
   using std::runtime_error::runtime_error;
+};
+
+/// A command buffer has run.
+struct Completion {
+  double gpu_start, gpu_end; // seconds on the clock of the machine (std::chrono::steady_clock)
+  const std::string& error;  // empty where it succeeded
 };
 
 class CommandStream {
@@ -58,7 +67,8 @@ public:
   CommandStream(MTL::CommandBuffer* commands, MTL::ComputeCommandEncoder* encoder, BufferPool& pool,
                 Allocate allocate = {});
 
-  /// Owned: what is encoded and not committed is dropped, what is committed is waited for. Kept errors are lost.
+  /// Owned: what is encoded and not committed is dropped, what is committed is waited for, handlers included. Kept
+  /// errors are lost. Not on the thread of its handlers. In the child of a fork nothing is waited for.
   ~CommandStream();
   CommandStream(const CommandStream&) = delete;
   CommandStream& operator=(const CommandStream&) = delete;
@@ -83,9 +93,18 @@ public:
   /// Scratch of at least `bytes`, not reused by anybody before the command buffer being encoded has completed.
   BufferView scratch(size_t bytes);
 
-  /// Calls `handler` on a thread of Metal's when the command buffer being encoded has completed, failed or not. An
-  /// exception it throws is kept like an error of the device. Owned streams only.
-  void on_completed(std::function<void()> handler);
+  /// Calls `handler` when the command buffer being encoded has completed, failed or not: on a thread of this stream's
+  /// own, in the order of the command buffers, which count as completed when it has returned. An exception it throws is
+  /// kept like an error of the device. It must not use the stream (std::logic_error). Owned streams only.
+  using Handler = std::function<void(const Completion&)>;
+  void on_completed(Handler handler);
+
+  /// Keeps `object` until the command buffer being encoded has completed. It is let go on the thread of the stream, by
+  /// a later commit() that finds it completed, synchronize() or discard(). Owned streams only.
+  void keep(std::shared_ptr<void> object);
+
+  /// What is encoded next goes to another encoder of the same command buffer. Owned streams only.
+  void end_encoder();
 
   // Order between this stream and others, by events: no thread waits. Owned streams only. Dispatches encoded later run
   // after the event has reached `value`; the event reaches `value` when all encoded before have run, which they do when
@@ -95,7 +114,7 @@ public:
 
   /// End of an operation: commits where the policy says so.
   void end_operation();
-  /// Commits what is encoded, if anything. May wait for the oldest command buffer in flight.
+  /// Commits what is encoded, if anything. Waits for the oldest command buffer where too many are in flight.
   void commit();
   /// Commits, waits for everything, and throws the first error kept since the last call (ExecutionError).
   void synchronize();
@@ -104,6 +123,8 @@ public:
   /// Drops what is encoded and not committed; its scratch is free at once. For the path of an exception.
   void discard() noexcept;
 
+  /// The stream whose handler is the caller, or null.
+  static const CommandStream* handling() { return handling_; }
   bool owned() const { return static_cast<bool>(queue_); }
   uint32_t in_flight() const;
   /// Dispatches encoded and not committed.
@@ -111,12 +132,28 @@ public:
 
 private:
   /// A command buffer and all that must live as long as it runs. Reused after completion.
-  struct Submission {
+  struct Submission final : CompletionThread::Task {
+    explicit Submission(CommandStream* stream) : stream(stream) {}
+    void run() noexcept override { stream->finish(*this); }
+
+    CommandStream* const stream;
     NS::SharedPtr<MTL::CommandBuffer> commands;
     std::vector<const char*> kernels;
     std::vector<PooledBuffer> scratch;
-    std::vector<std::function<void()>> handlers;
-    bool done = false; // under mutex_
+    std::vector<Handler> handlers;
+    std::vector<std::shared_ptr<void>> kept;
+    std::string error;
+    double gpu_start = 0, gpu_end = 0;
+    bool done = false; // under Completions::mutex
+  };
+
+  /// What Metal's threads share with the stream's.
+  struct Completions {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::string error;                        // first since the last synchronize
+    std::unique_ptr<CompletionThread> thread; // from the first handler on
+    std::atomic<CompletionThread*> posts_to{nullptr};
   };
 
   /// A command buffer to encode into.
@@ -126,8 +163,16 @@ private:
   /// Ends the encoder, if one is open: what follows stands between dispatches.
   MTL::CommandBuffer* commands_between_dispatches(const char* operation);
   void complete(Submission& submission, MTL::CommandBuffer* commands) noexcept; // on Metal's thread
+  void finish(Submission& submission) noexcept; // there, or on the thread of the handlers where there is one
+  bool oldest_is_done() const;
   void wait_for_oldest();
+  void recycle_oldest();
   void recycle(std::unique_ptr<Submission> submission);
+  /// std::runtime_error in the child of a fork, std::logic_error in a handler.
+  void check_caller(const char* operation) const;
+  bool forked() const { return generation_ != fork_generation(); }
+
+  static thread_local const CommandStream* handling_;
 
   const NS::SharedPtr<MTL::CommandQueue> queue_;
   BufferPool& pool_;
@@ -143,9 +188,8 @@ private:
   std::deque<std::unique_ptr<Submission>> in_flight_; // oldest first; the stream's thread only
   std::vector<std::unique_ptr<Submission>> spare_;
 
-  mutable std::mutex mutex_; // of `done` and `error_`
-  std::condition_variable completed_;
-  std::string error_; // first since the last synchronize
+  const uint32_t generation_ = fork_generation();
+  std::unique_ptr<Completions> completions_ = std::make_unique<Completions>();
 };
 
 } // namespace metal_moe

@@ -102,9 +102,13 @@ NS::SharedPtr<MTL::Buffer> Context::wrap(const void* memory, size_t bytes) const
   return buffer;
 }
 
-StreamLease::StreamLease(Context& context) : context_(context) {
+StreamLease::StreamLease(Context& context) : context_(context), generation_(fork_generation()) {
   {
     std::lock_guard lock(context_.mutex_);
+    if (context_.generation_ != generation_) {
+      context_.idle_streams_.clear(); // of the process that this one was forked from
+      context_.generation_ = generation_;
+    }
     if (!context_.idle_streams_.empty()) {
       stream_ = std::move(context_.idle_streams_.back());
       context_.idle_streams_.pop_back();
@@ -115,6 +119,8 @@ StreamLease::StreamLease(Context& context) : context_(context) {
 }
 
 StreamLease::~StreamLease() {
+  if (generation_ != fork_generation())
+    return;
   stream_->discard();
   try {
     stream_->synchronize(); // nothing is in flight unless an exception passed by, and then its error is the second one

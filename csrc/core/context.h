@@ -38,6 +38,12 @@ public:
   /// A new owned stream with a queue of its own.
   std::unique_ptr<CommandStream> new_stream(const CommandStream::Policy& policy = {});
 
+  /// std::runtime_error in the child of a fork where the device is a GPU, which stays with the parent.
+  void check_process() const {
+    if (runs_on_caller_streams())
+      check_not_forked(name_.c_str(), made_in_);
+  }
+
   /// Whether operations run on streams of the program, PyTorch's, instead of a queue of their own.
   bool runs_on_caller_streams() const { return on_apple() || caller_queue_; }
   /// What command buffers on streams of the program are made from; null where there are none.
@@ -61,13 +67,16 @@ private:
   NS::SharedPtr<MTL::Device> device_;
   const std::string name_;
   const std::string engine_;
+  const uint32_t made_in_ = fork_generation();
   Library library_;
   PipelineCache pipelines_;
   BufferPool pool_;
   NS::SharedPtr<MTL::CommandQueue> caller_queue_;
 
   std::mutex mutex_;
+  const ForkGuard guard_{mutex_};
   std::vector<std::unique_ptr<CommandStream>> idle_streams_;
+  uint32_t generation_ = fork_generation(); // of the idle streams
 };
 
 /// An idle owned stream of a context for the length of a synchronous call: as many exist as calls were ever in progress
@@ -84,6 +93,7 @@ public:
 
 private:
   Context& context_;
+  const uint32_t generation_;
   std::unique_ptr<CommandStream> stream_;
 };
 

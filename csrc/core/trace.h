@@ -21,7 +21,8 @@ struct DispatchTrace {
   bool vectorized = false;
   /// Codes of gate, up and down that expert kernels were compiled for (kernels/formats/matrix_code.h); 0: none.
   std::array<uint32_t, 3> codes{};
-  uint32_t activation = 0; // of the experts
+  uint32_t activation = 0;      // of the experts
+  const char* layer_batch = ""; // "encoded" in one, "passed" where a batch does nothing for it; empty without
   uint32_t dispatches = 0;
   uint32_t commits = 0;
   std::array<const char*, MAX_KERNELS> kernels{}; // in order of dispatch, static storage

@@ -21,6 +21,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr char NVRTC_VARIABLE[] = "METAL_MOE_NVRTC";
+constexpr size_t HASH_DIGITS = 32;
 
 // Sonames of the versions that know C++20, newest first.
 constexpr std::array NVRTC_NAMES = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so",
@@ -169,14 +170,14 @@ std::string compile(const CudaSource& source, const std::string& kernel, const s
   return image;
 }
 
-/// FNV-1a over 128 bits: files of one user's cache are told apart, nobody is kept out.
+/// FNV-1a over 128 bits: files of one user's cache are told apart and damage is seen, nobody is kept out.
 std::string hash(const std::string& text) {
   __extension__ using Word = unsigned __int128;
   constexpr Word prime = Word(1) << 88 | 0x13B;
   Word value = Word(0x6C62272E07BB0142) << 64 | 0x62B821756295C58D;
   for (const unsigned char byte : text)
     value = (value ^ byte) * prime;
-  std::string digits;
+  std::string digits; // HASH_DIGITS of them
   for (int shift = 124; shift >= 0; shift -= 4)
     digits += "0123456789abcdef"[unsigned(value >> shift) & 15];
   return digits;
@@ -197,6 +198,16 @@ std::string read_file(const fs::path& path) {
   if (file)
     text << file.rdbuf();
   return text.str();
+}
+
+/// What a file of the cache holds: an image, then its hash. Empty where there is no such file, or it is damaged.
+std::string read_image(const fs::path& path) {
+  std::string image = read_file(path);
+  if (image.size() <= HASH_DIGITS)
+    return {};
+  const std::string digits = image.substr(image.size() - HASH_DIGITS);
+  image.resize(image.size() - HASH_DIGITS);
+  return hash(image) == digits ? image : std::string();
 }
 
 /// Under a name of its own first: other processes see the whole file or none.
@@ -249,11 +260,11 @@ CudaBinary cuda_binary(const CudaSource& source, const std::string& kernel, cons
   const fs::path directory = cache_directory();
   const fs::path file = directory / (hash(key) + ".cubin");
   if (use_cache && !directory.empty())
-    if (std::string image = read_file(file); !image.empty())
+    if (std::string image = read_image(file); !image.empty())
       return {std::move(image), true};
   CudaBinary binary{compile(source, kernel, options), false};
   if (!directory.empty())
-    write_file(file, binary.image);
+    write_file(file, binary.image + hash(binary.image));
   return binary;
 }
 

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <dlfcn.h>
 #include <filesystem>
+#include <fstream>
+#include <link.h>
 #include <mutex>
 #include <stdexcept>
 
@@ -86,7 +88,21 @@ std::string defect(const Kernel& kernel) {
   return "";
 }
 
+/// Whether a shared library is shorter than its own header says: loading it would end the process by SIGBUS.
+bool is_cut(const fs::path& file) {
+  std::ifstream stream(file, std::ios::binary);
+  ElfW(Ehdr) header;
+  if (!stream.read(reinterpret_cast<char*>(&header), sizeof header) ||
+      std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0)
+    return false; // the loader says what it is
+  std::error_code error;
+  const uintmax_t bytes = fs::file_size(file, error);
+  return !error && bytes < header.e_shoff + uintmax_t(header.e_shnum) * header.e_shentsize;
+}
+
 const KernelLibrary* open(const DeviceObject& device, const fs::path& file) {
+  if (is_cut(file))
+    throw LoadError{MTL::LibraryErrorUnsupported, file.string() + ": the file ends too early"};
   // Never closed: pipelines, error messages and encoded dispatches point into it.
   void* handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!handle)

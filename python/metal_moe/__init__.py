@@ -16,7 +16,8 @@ from . import _core  # noqa: E402 (the check comes first)
 # The kernels lie beside the extension; METAL_MOE_LIBRARY names another build of them.
 _core.set_library_path(_os.environ.get("METAL_MOE_LIBRARY") or str(_Path(_core.__file__).parent / "metal_moe.metallib"))
 
-from .device import (  # noqa: E402 (the library's path comes first)
+from .command_stream import CommandStream, Completion  # noqa: E402 (the library's path comes first)
+from .device import (  # noqa: E402
     SUPPORTED_DEVICES,
     counters,
     device_info,
@@ -35,6 +36,7 @@ from .experts import fused_experts, fused_moe, gather_experts  # noqa: E402
 from .formats import QuantizedExperts  # noqa: E402
 from .gpu import Residency, capture, keep_resident  # noqa: E402
 from .grouping import GroupedTokens, group_tokens  # noqa: E402
+from .layer_batch import LayerBatch  # noqa: E402
 from .linear import lora, matmul  # noqa: E402
 from .routing import fused_topk  # noqa: E402
 
@@ -45,7 +47,10 @@ except _PackageNotFoundError:  # imported from a source tree that was never inst
 
 __all__ = [
     "SUPPORTED_DEVICES",
+    "CommandStream",
+    "Completion",
     "GroupedTokens",
+    "LayerBatch",
     "QuantizedExperts",
     "Residency",
     "__version__",

@@ -63,6 +63,7 @@ def _aligned(hidden_states: Tensor) -> Tensor:
     if hidden_states.data_ptr() % 16 == 0 and (hidden_states.shape[0] <= 1 or row_bytes % 16 == 0):
         return hidden_states
     _core.count_fallback("copied_input", copies=True)
+    _core.settle_batch()  # PyTorch reads it now
     return hidden_states.clone(memory_format=torch.contiguous_format)
 
 

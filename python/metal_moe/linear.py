@@ -270,7 +270,10 @@ def _lora(
         if kernel == "tile" and adapter_ids is not None:
             wrong_value("lora", "kernel", '"tile"', '"gemv" or None where adapter_ids are given')
     tokens, added = _as_matrix("x", x), _as_matrix("base", base)
-    ids = None if adapter_ids is None or adapter_ids.ndim == 1 else adapter_ids.reshape(-1)
+    ids = None
+    if adapter_ids is not None and adapter_ids.ndim != 1:
+        _core.settle_batch()  # PyTorch may copy them now
+        ids = adapter_ids.reshape(-1)
     out = x.new_empty((*x.shape[:-1], B.shape[-2]))
     engine = engine_of(out)
     if engine is not None:

@@ -2,8 +2,11 @@
 #include "core_support.h"
 
 #include <atomic>
+#include <fstream>
 #include <random>
+#include <sys/resource.h>
 #include <thread>
+#include <unistd.h>
 
 namespace metal_moe::testing {
 namespace {
@@ -81,6 +84,48 @@ TEST_F(Pool, MovedFromLoansGiveNothingBack) {
 TEST_F(Pool, RefusesWhatNoDeviceCanHold) {
   EXPECT_THROW(pool.acquire(size_t(1) << 60), std::invalid_argument);
   EXPECT_EQ(pool.statistics().buffers_in_use, 0u);
+}
+
+/// While it lives, the process can map `bytes` more than it has.
+class AddressLimit {
+public:
+  explicit AddressLimit(size_t bytes) {
+    getrlimit(RLIMIT_AS, &before_);
+    size_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    const rlimit limit{pages * static_cast<size_t>(sysconf(_SC_PAGESIZE)) + bytes, before_.rlim_max};
+    setrlimit(RLIMIT_AS, &limit);
+  }
+  ~AddressLimit() { setrlimit(RLIMIT_AS, &before_); }
+
+private:
+  rlimit before_;
+};
+
+TEST_F(Pool, GivesIdleBuffersBackBeforeItFails) {
+  constexpr size_t MIB = size_t(1) << 20;
+  const AddressLimit limit(768 * MIB);
+  pool.acquire(256 * MIB);
+  const PooledBuffer kept = pool.acquire(128 * MIB);
+  const PooledBuffer large = pool.acquire(512 * MIB); // beside the others there is no room for it
+  EXPECT_EQ(pool.statistics().trimmed, 1u);
+  EXPECT_EQ(pool.statistics().bytes_idle, 0u);
+}
+
+TEST_F(Pool, OutOfMemorySaysHowMuchAndLosesNothing) {
+  constexpr size_t MIB = size_t(1) << 20;
+  const AddressLimit limit(512 * MIB);
+  const PooledBuffer kept = pool.acquire(1 * MIB);
+  try {
+    pool.acquire(1000 * MIB);
+    FAIL() << "no exception";
+  } catch (const std::runtime_error& error) {
+    const std::string text = error.what();
+    EXPECT_NE(text.find("1073741824 bytes"), std::string::npos) << text;
+    EXPECT_NE(text.find("1048576 bytes of others in use"), std::string::npos) << text;
+  }
+  EXPECT_EQ(pool.statistics().buffers_in_use, 1u);
+  EXPECT_TRUE(pool.acquire(2 * MIB));
 }
 
 TEST_F(Pool, PoisonedLoansAreNaN) {

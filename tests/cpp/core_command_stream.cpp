@@ -1,9 +1,12 @@
 // CommandStream: order, commit policy, completion handlers, bounded flight, scratch lifetime, kept errors.
 #include "core_support.h"
 
+#include <algorithm>
 #include <atomic>
 #include <future>
+#include <sys/wait.h>
 #include <thread>
+#include <unistd.h>
 
 using namespace std::chrono_literals;
 
@@ -126,12 +129,112 @@ TEST_F(Stream, HandlersRunWithoutAnybodyWaiting) {
   auto stream = context.new_stream();
   std::promise<bool> written;
   copy(*stream);
-  stream->on_completed([&] { written.set_value(to == from); });
+  stream->on_completed([&](const Completion&) { written.set_value(to == from); });
   stream->commit();
   auto result = written.get_future();
   ASSERT_EQ(result.wait_for(10s), std::future_status::ready);
   EXPECT_TRUE(result.get()) << "a handler sees the results";
   stream->synchronize();
+}
+
+TEST_F(Stream, HandlersRunOnAThreadOfTheStreamInOrder) {
+  auto stream = context.new_stream();
+  std::vector<std::thread::id> threads;
+  std::vector<int> order;
+  const double before = seconds_now();
+  double last = before;
+  for (int i = 0; i < 20; ++i) {
+    copy(*stream);
+    stream->on_completed([&, i](const Completion& completion) {
+      threads.push_back(std::this_thread::get_id());
+      order.push_back(i);
+      EXPECT_GE(completion.gpu_start, last) << "one after the other";
+      EXPECT_GE(completion.gpu_end, completion.gpu_start);
+      EXPECT_EQ(completion.error, "");
+      last = completion.gpu_end;
+    });
+    stream->commit();
+  }
+  stream->synchronize(); // executes on this thread what is left, where the stand-in has not begun with it
+  std::vector<int> expected(20);
+  std::iota(expected.begin(), expected.end(), 0);
+  EXPECT_EQ(order, expected);
+  EXPECT_LE(last, seconds_now());
+  EXPECT_NE(threads.front(), std::this_thread::get_id());
+  EXPECT_EQ(std::count(threads.begin(), threads.end(), threads.front()), 20);
+}
+
+TEST_F(Stream, ASlowHandlerStopsNoOtherWork) {
+  auto stream = context.new_stream(), other = context.new_stream();
+  std::promise<void> release;
+  std::vector<int32_t> last(256, -1);
+  const TensorView view = tensor(context, last, {256});
+  copy(*stream);
+  stream->on_completed([&](const Completion&) { release.get_future().wait(); });
+  stream->commit();
+  encode_copy(*stream, native, source.view(), view.view(), 1024); // behind it, on the same stream
+  const auto event = NS::TransferPtr(context.device()->newSharedEvent());
+  stream->signal(event.get(), 1);
+  stream->commit();
+  other->wait_for(event.get(), 1);
+  other->synchronize();
+  EXPECT_EQ(last, from);
+  EXPECT_EQ(stream->in_flight(), 2u) << "completed is what the handlers in front of it have returned for";
+  release.set_value();
+  stream->synchronize();
+}
+
+TEST_F(Stream, HandlersMustNotUseTheirStream) {
+  auto stream = context.new_stream();
+  std::string message;
+  copy(*stream);
+  stream->on_completed([&](const Completion&) {
+    for (const auto& call : {+[](CommandStream& s) { s.synchronize(); }, +[](CommandStream& s) { s.scratch(1); }}) {
+      try {
+        call(*stream);
+      } catch (const std::logic_error& error) {
+        message += error.what();
+      }
+    }
+  });
+  stream->synchronize();
+  EXPECT_EQ(message, "synchronize: called by a completion handler of the same stream"
+                     "encode: called by a completion handler of the same stream");
+}
+
+TEST_F(Stream, KeepsObjectsUntilTheirCommandBufferHasCompleted) {
+  auto stream = context.new_stream();
+  std::promise<void> release;
+  auto first = std::make_shared<int>(1), dropped = std::make_shared<int>(2);
+  copy(*stream);
+  stream->keep(first);
+  stream->on_completed([&](const Completion&) { release.get_future().wait(); });
+  stream->commit();
+  EXPECT_EQ(first.use_count(), 2);
+  copy(*stream);
+  stream->keep(dropped);
+  stream->discard();
+  EXPECT_EQ(dropped.use_count(), 1);
+  EXPECT_EQ(first.use_count(), 2);
+  release.set_value();
+  stream->synchronize();
+  EXPECT_EQ(first.use_count(), 1);
+}
+
+TEST_F(Stream, SeveralEncodersInOneCommandBuffer) {
+  auto stream = context.new_stream();
+  last_dispatch() = {};
+  BufferView previous = source.view();
+  for (int i = 0; i < 8; ++i) {
+    const BufferView next = stream->scratch(1024);
+    encode_copy(*stream, native, previous, next, 1024);
+    stream->end_encoder();
+    previous = next;
+  }
+  encode_copy(*stream, native, previous, destination.view(), 1024);
+  stream->synchronize();
+  EXPECT_EQ(last_dispatch().commits, 1u);
+  EXPECT_EQ(to, from);
 }
 
 TEST_F(Stream, ScratchIsNotReusedBeforeCompletion) {
@@ -141,7 +244,7 @@ TEST_F(Stream, ScratchIsNotReusedBeforeCompletion) {
   std::promise<void> running, release;
   const BufferView scratch = stream->scratch(12345);
   encode_copy(*stream, native, source.view(), scratch, 1024);
-  stream->on_completed([&] {
+  stream->on_completed([&](const Completion&) {
     running.set_value();
     release.get_future().wait();
   });
@@ -161,7 +264,7 @@ TEST_F(Stream, BoundsCommandBuffersInFlight) {
   auto stream = context.new_stream(policy);
   std::promise<void> release;
   copy(*stream);
-  stream->on_completed([&] { release.get_future().wait(); });
+  stream->on_completed([&](const Completion&) { release.get_future().wait(); });
   stream->commit();
   copy(*stream);
   stream->commit();
@@ -178,7 +281,7 @@ TEST_F(Stream, BoundsCommandBuffersInFlight) {
 TEST_F(Stream, ExceptionsOfHandlersAreKept) {
   auto stream = context.new_stream();
   copy(*stream);
-  stream->on_completed([] { throw std::runtime_error("the handler's own trouble"); });
+  stream->on_completed([](const Completion&) { throw std::runtime_error("the handler's own trouble"); });
   stream->commit();
   try {
     stream->synchronize();
@@ -250,6 +353,49 @@ TEST_F(Stream, BorrowedEncodesIntoItsOwnersCommandBuffer) {
   commands->waitUntilCompleted();
   EXPECT_EQ(to, from);
   EXPECT_EQ(context.pool().statistics().buffers_in_use, before);
+}
+
+// What is committed when a process forks is the parent's to complete; the child is told so, and waits for nothing.
+TEST_F(Stream, TheChildOfAForkIsToldThatTheStreamIsItsParents) {
+  auto stream = context.new_stream();
+  std::promise<void> release;
+  copy(*stream);
+  stream->on_completed([&](const Completion&) { release.get_future().wait(); });
+  stream->commit();
+  copy(*stream);
+  const pid_t child = fork();
+  ASSERT_NE(child, -1);
+  if (child == 0) {
+    alarm(30); // ends a child that waits for threads that it does not have
+    int failed = 0;
+    for (const auto& call : {+[](CommandStream& s) { s.synchronize(); }, +[](CommandStream& s) { s.commit(); },
+                             +[](CommandStream& s) { s.keep(std::make_shared<int>(1)); }}) {
+      failed += 1;
+      try {
+        call(*stream);
+      } catch (const std::runtime_error& error) {
+        failed -= std::string(error.what()).find("forked") != std::string::npos;
+      }
+    }
+    stream.reset();
+    // One of its own works, and so does what a synchronous call leases.
+    std::fill(to.begin(), to.end(), -1);
+    auto own = context.new_stream();
+    copy(*own);
+    own->synchronize();
+    failed += to != from;
+    std::fill(to.begin(), to.end(), -1);
+    run_operation(native, "test", [&](CommandStream& leased) { copy(leased); });
+    failed += to != from;
+    _exit(failed);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status)) << "signal " << WTERMSIG(status);
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+  release.set_value();
+  stream->synchronize(); // and the parent's goes on
+  EXPECT_EQ(to, from);
 }
 
 // The exact engine checks every access against the bound buffers: an overrun is an error of the command buffer.

@@ -6,6 +6,7 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstring>
 #include <numeric>
 #include <vector>
@@ -15,6 +16,11 @@ namespace metal_moe::testing {
 inline MoeEngine& engine(const char* name) {
   MoeEngine::set_library_path(METAL_MOE_TEST_LIBRARY);
   return MoeEngine::get(name);
+}
+
+/// On the clock of command buffers.
+inline double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 template <class T>
