@@ -13,7 +13,7 @@ namespace metal_moe::bindings {
 template <class Encode>
 void run(MoeEngine& engine, const char* operation, const Encode& encode) {
   if (engine.context().runs_on_caller_streams()) {
-    begin_operation(engine, operation);
+    const ObservedOperation observed = begin_operation(engine, operation);
     run_on_current_stream(engine.context(), encode);
     return;
   }

@@ -98,6 +98,8 @@ const char* fallback_name(Fallback reason) {
     return "copied_input";
   case Fallback::ConvertedBias:
     return "converted_bias";
+  case Fallback::TorchMatmul:
+    return "torch_matmul";
   case Fallback::Count:
     break;
   }

@@ -26,6 +26,7 @@ enum class Fallback : uint8_t {
   NoQuantizedSimd, // moe_simd on quantised weights: the kernels of base or large_batch
   CopiedInput,     // hidden_states copied to rows that are whole vectors
   ConvertedBias,   // a quantised layer's own bias converted to the dtype of hidden_states
+  TorchMatmul,     // matmul by PyTorch: beyond the measured size, or of a layout that kernels do not read
   Count
 };
 

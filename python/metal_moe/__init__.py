@@ -16,6 +16,7 @@ from . import _core  # noqa: E402 (the check comes first)
 # The kernels lie beside the extension; METAL_MOE_LIBRARY names another build of them.
 _core.set_library_path(_os.environ.get("METAL_MOE_LIBRARY") or str(_Path(_core.__file__).parent / "metal_moe.metallib"))
 
+from ._trace import start_from_environment as _start_trace  # noqa: E402
 from .device import (  # noqa: E402 (the library's path comes first)
     SUPPORTED_DEVICES,
     counters,
@@ -36,7 +37,10 @@ from .formats import QuantizedExperts  # noqa: E402
 from .gpu import Residency, capture, keep_resident  # noqa: E402
 from .grouping import GroupedTokens, group_tokens  # noqa: E402
 from .linear import lora, matmul  # noqa: E402
+from .profile import KernelProfile, Profile, profile  # noqa: E402
 from .routing import fused_topk  # noqa: E402
+
+_start_trace()
 
 try:
     __version__ = _version("metal_moe")
@@ -46,6 +50,8 @@ except _PackageNotFoundError:  # imported from a source tree that was never inst
 __all__ = [
     "SUPPORTED_DEVICES",
     "GroupedTokens",
+    "KernelProfile",
+    "Profile",
     "QuantizedExperts",
     "Residency",
     "__version__",
@@ -65,6 +71,7 @@ __all__ = [
     "matmul",
     "pool_stats",
     "pool_trim",
+    "profile",
     "reset_counters",
     "select_moe_kernel",
     "set_exact_seed",
