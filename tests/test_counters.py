@@ -180,6 +180,14 @@ def test_fallbacks_have_reasons(counted):
     assert reasons() == {"converted_bias": 1, "copies": 1}
 
 
+def test_products_by_torch_are_counted(counted):
+    """Here because no kernel takes a vector."""
+    metal_moe.matmul(torch.randn(64), torch.randn(64, 32))
+    counts = counted()
+    assert nonzero(counts) == {"operations": 1, "fallbacks": {"torch_matmul": 1}}
+    assert metal_moe.last_dispatch()["family"] == "torch"
+
+
 def test_a_reason_must_exist():
     with pytest.raises(ValueError, match="no fallback has that name"):
         metal_moe._core.count_fallback("bad luck")

@@ -8,6 +8,7 @@
 #include "torch_mps.h"
 
 #include "../bindings/torch_stream.h"
+#include "../core/observer.h"
 
 #include <pybind11/pybind11.h>
 
@@ -31,6 +32,19 @@ private:
   MTL::ComputeCommandEncoder* encoder_; // PyTorch's
 };
 
+/// Encodes into encoders of its own in PyTorch's command buffer, one for each dispatch: the GPU takes timestamps where
+/// encoders begin and end.
+void encode_timed(Context& context, at::mps::MPSStream* stream, const CommandStream::Allocate& allocate,
+                  const std::function<void(CommandStream&)>& encode) {
+  stream->endKernelCoalescing();
+  auto* commands = apple::metal_object<MTL::CommandBuffer>(stream->commandBuffer());
+  CommandStream timed(commands, nullptr, context.pool(), allocate, stream);
+  encode(timed);
+  timed.end_encoding();
+  if (const auto times = std::shared_ptr<KernelTimes>(timed.take_times()))
+    commands->addCompletedHandler(MTL::HandlerFunction([times](MTL::CommandBuffer*) { deliver(*times); }));
+}
+
 } // namespace
 
 void run_on_current_stream(Context& context, const std::function<void(CommandStream&)>& encode) {
@@ -42,9 +56,13 @@ void run_on_current_stream(Context& context, const std::function<void(CommandStr
   at::mps::MPSStream* stream = at::mps::getCurrentMPSStream(); // another one at every call, perhaps
   apple::StreamScratch& scratch = apple::StreamScratch::of(stream);
   auto run = [&] {
-    const BorrowedEncoder encoder(stream);
     const auto allocate = [&](size_t bytes) { return scratch.allocate(context.pool(), bytes); };
     scratch.begin();
+    if (observing_times()) {
+      encode_timed(context, stream, allocate, encode);
+      return;
+    }
+    const BorrowedEncoder encoder(stream);
     CommandStream borrowed(nullptr, encoder.get(), context.pool(), allocate);
     encode(borrowed);
   };

@@ -72,8 +72,9 @@ bool matmul(std::string_view engine_name, py::handle a, py::handle b, py::handle
 /// The record of an operation that PyTorch computes, now: what it reads must be there.
 void matmul_by_torch(std::string_view engine_name) {
   settle_batch();
-  begin_operation(MoeEngine::get(engine_name), "matmul");
+  const ObservedOperation observed = begin_operation(MoeEngine::get(engine_name), "matmul");
   last_dispatch().family = "torch";
+  count(Fallback::TorchMatmul);
 }
 
 void lora(std::string_view engine_name, py::handle x, py::handle a, py::handle b, float scale, py::handle base,

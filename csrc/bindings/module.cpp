@@ -268,10 +268,21 @@ py::dict last_dispatch_dict() {
   for (uint32_t i = 0; i < std::min(trace.dispatches, DispatchTrace::MAX_KERNELS); ++i)
     names.append(trace.kernels[i]);
   return py::dict("operation"_a = trace.operation, "engine"_a = trace.engine, "family"_a = trace.family,
-                  "kernels"_a = names, "dispatches"_a = trace.dispatches, "commits"_a = trace.commits,
-                  "row_tile"_a = trace.row_tile, "tile_n"_a = trace.tile_n, "vectorized"_a = trace.vectorized,
+                  "chosen_by"_a = family_choice_name(trace.choice), "kernels"_a = names,
+                  "dispatches"_a = trace.dispatches, "commits"_a = trace.commits, "row_tile"_a = trace.row_tile,
+                  "tile_n"_a = trace.tile_n, "vectorized"_a = trace.vectorized,
                   "specialization"_a = layer_name(trace.family, trace.activation, trace.codes),
                   "layer_batch"_a = trace.layer_batch);
+}
+
+py::list profile_kernels(const Profile& profile) {
+  py::list list;
+  for (const Profile::Kernel& kernel : profile.kernels())
+    list.append(py::dict("engine"_a = kernel.engine, "family"_a = kernel.family, "kernel"_a = kernel.kernel,
+                         "dispatches"_a = kernel.dispatches, "timed"_a = kernel.timed, "bytes"_a = kernel.bytes,
+                         "total_ns"_a = kernel.total_ns, "least_ns"_a = kernel.least_ns, "most_ns"_a = kernel.most_ns,
+                         "encode_ns"_a = kernel.encode_ns));
+  return list;
 }
 
 py::dict counters() {
@@ -370,6 +381,15 @@ PYBIND11_MODULE(_core, m) {
   m.def("counters", &counters, "What was done since the last reset_counters, in numbers.");
   m.def("reset_counters", &reset_counters);
   m.def("count_fallback", &count_fallback, "reason"_a, "copies"_a = false, "Counts a fallback, and a copy with it.");
+  py::class_<Profile>(m, "Profile", "Time and bytes by kernel, from its creation to stop().")
+      .def(py::init<>())
+      .def("stop", &Profile::stop)
+      .def("kernels", &profile_kernels);
+  m.def("collect", &collect, py::call_guard<py::gil_scoped_release>(),
+        "Waits for times that devices have yet to tell.");
+  m.def("start_log", &start_log, "Dispatches and commits as lines on stderr.");
+  m.def("start_trace", &start_trace, "path"_a, "Writes a Chrome trace from now on.");
+  m.def("stop_log_and_trace", &stop_log_and_trace, py::call_guard<py::gil_scoped_release>());
   m.def("device_info", &device_info, "engine"_a);
   m.def("pool_stats", &pool_stats, "engine"_a, "Scratch buffers: counts and bytes.");
   m.def("pool_trim", &pool_trim, "engine"_a, "Frees idle scratch buffers; returns the bytes freed.");

@@ -48,7 +48,7 @@ void run_at_once(MoeEngine& engine, const Encode& encode) {
 template <class Keep, class Encode>
 void run(MoeEngine& engine, const char* operation, const Keep& keep, const Encode& encode, bool is_layer = false) {
   engine.context().check_process();
-  begin_operation(engine, operation);
+  const ObservedOperation observed = begin_operation(engine, operation);
   if (LayerBatch* batch = LayerBatch::current()) [[unlikely]] {
     std::shared_ptr<void> kept = keep();
     const pybind11::gil_scoped_release release;
@@ -66,7 +66,7 @@ template <class Encode>
 void run_to_end(MoeEngine& engine, const char* operation, const Encode& encode) {
   engine.context().check_process();
   settle_batch();
-  begin_operation(engine, operation);
+  const ObservedOperation observed = begin_operation(engine, operation);
   run_at_once(engine, encode);
 }
 

@@ -1,5 +1,6 @@
 #include "caller_stream.h"
 
+#include "observer.h"
 #include "trace.h"
 
 #include <metal_sim/control.h>
@@ -16,20 +17,29 @@ NS::SharedPtr<MTL::ComputeCommandEncoder> open_encoder(MTL::CommandBuffer* comma
 } // namespace
 
 CallerStream::CallerStream(Context& context, void* handle, CommandStream::Allocate allocate)
-    : commands_(NS::TransferPtr(metal_sim::new_stream_command_buffer(context.caller_queue(), handle))),
-      encoder_(open_encoder(commands_.get())),
-      stream_(commands_.get(), encoder_.get(), context.pool(), std::move(allocate)) {}
+    : handle_(handle), commands_(NS::TransferPtr(metal_sim::new_stream_command_buffer(context.caller_queue(), handle))),
+      encoder_(observing_times() ? nullptr : open_encoder(commands_.get())),
+      stream_(commands_.get(), encoder_.get(), context.pool(), std::move(allocate), handle) {}
 
 CallerStream::~CallerStream() {
-  if (!ended_)
+  if (!ended_ && encoder_)
     encoder_->endEncoding();
 }
 
 void CallerStream::commit() {
-  encoder_->endEncoding();
+  if (encoder_)
+    encoder_->endEncoding();
+  else
+    stream_.end_encoding();
   ended_ = true;
+  auto times = stream_.take_times();
   commands_->commit();
-  last_dispatch().add_commit();
+  DispatchTrace& trace = last_dispatch();
+  trace.add_commit();
+  if (observing()) [[unlikely]]
+    tell_commit(track_of(handle_, trace.engine), trace.engine, trace.dispatches);
+  if (times)
+    deliver_later(std::move(times));
   if (commands_->status() == MTL::CommandBufferStatusError) {
     AutoreleaseScope scope;
     throw ExecutionError(describe(commands_->error()));

@@ -20,8 +20,9 @@ public:
   void commit();
 
 private:
+  const void* const handle_;
   NS::SharedPtr<MTL::CommandBuffer> commands_;
-  NS::SharedPtr<MTL::ComputeCommandEncoder> encoder_;
+  NS::SharedPtr<MTL::ComputeCommandEncoder> encoder_; // null: the stream opens its own, which are timed
   CommandStream stream_;
   bool ended_ = false;
 };

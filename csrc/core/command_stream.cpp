@@ -1,5 +1,6 @@
 #include "command_stream.h"
 
+#include "observer.h"
 #include "trace.h"
 
 #include <exception>
@@ -9,17 +10,18 @@ namespace metal_moe {
 constinit thread_local const CommandStream* CommandStream::handling_ = nullptr;
 
 CommandStream::CommandStream(NS::SharedPtr<MTL::CommandQueue> queue, BufferPool& pool, const Policy& policy)
-    : queue_(std::move(queue)), pool_(pool), policy_(policy) {}
+    : queue_(std::move(queue)), pool_(pool), policy_(policy), track_key_(this), borrows_encoder_(false) {}
 
 CommandStream::CommandStream(MTL::CommandBuffer* commands, MTL::ComputeCommandEncoder* encoder, BufferPool& pool,
-                             Allocate allocate)
-    : pool_(pool), policy_{}, allocate_(std::move(allocate)), encoder_(NS::RetainPtr(encoder)),
-      encoding_(std::make_unique<Submission>(this)) {
+                             Allocate allocate, const void* key)
+    : pool_(pool), policy_{}, allocate_(std::move(allocate)), track_key_(key), borrows_encoder_(encoder != nullptr),
+      encoder_(NS::RetainPtr(encoder)), encoding_(std::make_unique<Submission>(this)) {
   encoding_->commands = NS::RetainPtr(commands);
 }
 
 CommandStream::~CommandStream() {
   if (!owned()) {
+    end_encoding();
     // The owner's command buffer outlives this stream: it carries the scratch.
     if (!encoding_->scratch.empty()) {
       auto scratch = std::make_shared<std::vector<PooledBuffer>>(std::move(encoding_->scratch));
@@ -71,6 +73,8 @@ void CommandStream::open() {
 }
 
 void CommandStream::use(const Pipeline& pipeline) {
+  if (observing() || timed_) [[unlikely]]
+    open_timed();
   if (!encoder_)
     open();
   pipeline_ = &pipeline;
@@ -87,13 +91,83 @@ void CommandStream::dispatch(const MTL::Size& threadgroups, uint32_t threads, si
   last_dispatch().add_dispatch(pipeline_->name);
   pending_dispatches_ += 1;
   pending_bytes_ += bytes;
+  if (observing()) [[unlikely]]
+    tell_dispatch(threadgroups, threads, bytes);
+}
+
+void CommandStream::end_encoding() {
+  if (borrows_encoder_ || !encoder_)
+    return;
+  encoder_->endEncoding();
+  encoder_.reset();
+  pipeline_ = nullptr;
+}
+
+void CommandStream::open_timed() {
+  encode_start_ = observing() ? clock_now() : 0;
+  if (borrows_encoder_)
+    return;
+  if (timed_ || observing_times())
+    end_encoding();
+  timed_ = observing_times();
+  if (!timed_)
+    return;
+  open_commands();
+  const AutoreleaseScope scope;
+  MTL::Device* device = encoding_->commands->device();
+  if (!encoding_->times)
+    encoding_->times = std::make_unique<KernelTimes>(device);
+  // Where the device takes no timestamps, dispatches of an owned stream run alone; see run_alone().
+  encoder_ = NS::RetainPtr(KernelTimes::supported(device) ? encoding_->times->encoder(encoding_->commands.get())
+                                                          : encoding_->commands->computeCommandEncoder());
+}
+
+void CommandStream::tell_dispatch(const MTL::Size& threadgroups, uint32_t threads, size_t bytes) {
+  const DispatchTrace& trace = last_dispatch();
+  DispatchRecord record;
+  record.kernel = pipeline_->name;
+  record.operation = trace.operation;
+  record.engine = trace.engine;
+  record.family = trace.family;
+  record.choice = trace.choice;
+  record.grid[0] = static_cast<uint32_t>(threadgroups.width);
+  record.grid[1] = static_cast<uint32_t>(threadgroups.height);
+  record.grid[2] = static_cast<uint32_t>(threadgroups.depth);
+  record.threads = threads;
+  record.bytes = bytes;
+  record.track = track_of(track_key_, trace.engine);
+  record.encode_end = clock_now();
+  record.encode_start = encode_start_ ? encode_start_ : record.encode_end;
+  metal_moe::tell_dispatch(record);
+  if (!timed_ || !encoding_->times)
+    return;
+  encoding_->times->add(record);
+  if (owned() && !KernelTimes::supported(encoding_->commands->device()))
+    run_alone();
+}
+
+/// The dispatch in a command buffer of its own, to its end, for the device to say how long that took. The submission
+/// goes on in the next command buffer, with the scratch of all.
+void CommandStream::run_alone() {
+  end_encoding();
+  const auto commands = std::move(encoding_->commands);
+  commands->commit();
+  commands->waitUntilCompleted();
+  if (commands->status() == MTL::CommandBufferStatusError) {
+    const AutoreleaseScope scope;
+    const std::lock_guard lock(completions_->mutex);
+    if (completions_->error.empty())
+      completions_->error = std::string("command buffer failed (kernels ") + encoding_->kernels.back() +
+                            "): " + describe(commands->error());
+  }
+  encoding_->times->set_alone(commands->GPUStartTime(), commands->GPUEndTime());
+  open_commands();
 }
 
 BufferView CommandStream::scratch(size_t bytes) {
   if (allocate_)
     return allocate_(bytes);
-  if (!encoder_)
-    open();
+  open_commands();
   encoding_->scratch.push_back(pool_.acquire(bytes));
   return {encoding_->scratch.back().get(), 0};
 }
@@ -125,10 +199,7 @@ MTL::CommandBuffer* CommandStream::commands_between_dispatches(const char* opera
   if (!owned())
     throw std::logic_error(std::string(operation) + ": a borrowed stream is ordered by its owner");
   open_commands();
-  if (encoder_)
-    encoder_->endEncoding();
-  encoder_.reset();
-  pipeline_ = nullptr;
+  end_encoding();
   return encoding_->commands.get();
 }
 
@@ -153,10 +224,9 @@ void CommandStream::commit() {
     recycle_oldest();
   while (!in_flight_.empty() && in_flight_.size() >= policy_.max_in_flight)
     wait_for_oldest();
-  if (encoder_)
-    encoder_->endEncoding();
-  encoder_.reset();
-  pipeline_ = nullptr;
+  end_encoding();
+  if (observing()) [[unlikely]]
+    tell_commit(track_of(track_key_, last_dispatch().engine), last_dispatch().engine, pending_dispatches_);
   pending_dispatches_ = 0;
   pending_bytes_ = 0;
   auto encoded = std::move(encoding_); // dropped where Metal refuses it below
@@ -203,6 +273,8 @@ void CommandStream::finish(Submission& submission) noexcept {
   }
   handling_ = nullptr;
   submission.scratch.clear(); // back to the pool
+  if (submission.times)
+    deliver(*submission.times);
   std::lock_guard lock(completions_->mutex);
   if (completions_->error.empty())
     completions_->error = std::move(submission.error.empty() ? thrown : submission.error);
@@ -218,6 +290,7 @@ bool CommandStream::oldest_is_done() const {
 void CommandStream::wait_for_oldest() {
   Submission& oldest = *in_flight_.front();
   count(Counter::Synchronizations);
+  const ObservedWait waiting("wait for a command buffer");
   oldest.commands->waitUntilCompleted();
   {
     // Metal may return from the wait before it has called the handler.
@@ -240,6 +313,7 @@ void CommandStream::recycle(std::unique_ptr<Submission> submission) {
   submission->handlers.clear();
   submission->kept.clear();
   submission->error.clear();
+  submission->times.reset();
   spare_.push_back(std::move(submission));
 }
 
@@ -266,10 +340,7 @@ void CommandStream::check() {
 void CommandStream::discard() noexcept {
   if (!owned() || !encoding_ || forked())
     return;
-  if (encoder_)
-    encoder_->endEncoding(); // Metal insists, even where the command buffer is dropped
-  encoder_.reset();
-  pipeline_ = nullptr;
+  end_encoding(); // Metal insists, even where the command buffer is dropped
   pending_dispatches_ = 0;
   pending_bytes_ = 0;
   recycle(std::move(encoding_));

@@ -7,6 +7,7 @@
 #include "buffer_pool.h"
 #include "completion_thread.h"
 #include "fork.h"
+#include "kernel_times.h"
 #include "pipeline_cache.h"
 
 #include <atomic>
@@ -60,12 +61,13 @@ public:
 
   /// Borrowed: encodes into somebody's open encoder, never commits. The owner of `commands` ends the encoder, commits
   /// and checks for errors; scratch returns to the pool when `commands` completes. The stream must be destroyed
-  /// before the owner commits.
+  /// before the owner commits. Without an encoder it opens its own, one for each dispatch while observing_times(); the
+  /// owner calls end_encoding() and delivers take_times() when `commands` has completed. `key`: see track_of.
   /// `allocate`: gives scratch instead of the pool, where the owner has memory of its own for that; it keeps the
   /// buffers alive until the owner has committed.
   using Allocate = std::function<BufferView(size_t bytes)>;
   CommandStream(MTL::CommandBuffer* commands, MTL::ComputeCommandEncoder* encoder, BufferPool& pool,
-                Allocate allocate = {});
+                Allocate allocate = {}, const void* key = nullptr);
 
   /// Owned: what is encoded and not committed is dropped, what is committed is waited for, handlers included. Kept
   /// errors are lost. Not on the thread of its handlers. In the child of a fork nothing is waited for.
@@ -112,6 +114,11 @@ public:
   void wait_for(const MTL::Event* event, uint64_t value);
   void signal(const MTL::Event* event, uint64_t value);
 
+  /// Ends the encoder, where it is this stream's own. What is encoded next opens another.
+  void end_encoding();
+  /// Device times of what was encoded while observing_times(); null where nothing was.
+  std::unique_ptr<KernelTimes> take_times() { return encoding_ ? std::move(encoding_->times) : nullptr; }
+
   /// End of an operation: commits where the policy says so.
   void end_operation();
   /// Commits what is encoded, if anything. Waits for the oldest command buffer where too many are in flight.
@@ -142,6 +149,7 @@ private:
     std::vector<PooledBuffer> scratch;
     std::vector<Handler> handlers;
     std::vector<std::shared_ptr<void>> kept;
+    std::unique_ptr<KernelTimes> times; // while observing_times()
     std::string error;
     double gpu_start = 0, gpu_end = 0;
     bool done = false; // under Completions::mutex
@@ -160,6 +168,10 @@ private:
   void open_commands();
   /// An encoder of it.
   void open();
+  // While somebody looks (observer.h).
+  void open_timed();
+  void tell_dispatch(const MTL::Size& threadgroups, uint32_t threads, size_t bytes);
+  void run_alone();
   /// Ends the encoder, if one is open: what follows stands between dispatches.
   MTL::CommandBuffer* commands_between_dispatches(const char* operation);
   void complete(Submission& submission, MTL::CommandBuffer* commands) noexcept; // on Metal's thread
@@ -179,7 +191,11 @@ private:
   const Policy policy_;
   const Allocate allocate_; // borrowed; may be empty
 
+  const void* const track_key_;
+  const bool borrows_encoder_;
   NS::SharedPtr<MTL::ComputeCommandEncoder> encoder_;
+  bool timed_ = false;        // the encoder is for one dispatch
+  uint64_t encode_start_ = 0; // of the dispatch, while somebody looks
   const Pipeline* pipeline_ = nullptr;
   std::unique_ptr<Submission> encoding_;
   uint32_t pending_dispatches_ = 0;

@@ -100,6 +100,8 @@ const char* fallback_name(Fallback reason) {
     return "converted_bias";
   case Fallback::PassedBatch:
     return "passed_batch";
+  case Fallback::TorchMatmul:
+    return "torch_matmul";
   case Fallback::Count:
     break;
   }

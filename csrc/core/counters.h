@@ -27,6 +27,7 @@ enum class Fallback : uint8_t {
   CopiedInput,     // hidden_states copied to rows that are whole vectors
   ConvertedBias,   // a quantised layer's own bias converted to the dtype of hidden_states
   PassedBatch,     // inside a LayerBatch, on a stream of the program's, for which it does nothing
+  TorchMatmul,     // matmul by PyTorch: beyond the measured size, or of a layout that kernels do not read
   Count
 };
 

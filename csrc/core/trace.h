@@ -9,6 +9,17 @@
 
 namespace metal_moe {
 
+/// Why a layer has its family.
+enum class FamilyChoice : uint8_t {
+  None,      // no expert kernels ran
+  Tokens,    // by the number of tokens, from the device's table
+  Requested, // kernel=
+  Format     // the weights' format has kernels of its own
+};
+
+/// "", "tokens", "kernel", "format".
+const char* family_choice_name(FamilyChoice choice);
+
 struct DispatchTrace {
   /// Kernels kept by name; dispatches beyond are counted only.
   static constexpr uint32_t MAX_KERNELS = 16;
@@ -16,6 +27,7 @@ struct DispatchTrace {
   const char* operation = ""; // "fused_moe", ...
   const char* engine = "";
   const char* family = ""; // of the expert kernels; empty where none ran
+  FamilyChoice choice = FamilyChoice::None;
   uint32_t row_tile = 0;
   uint32_t tile_n = 0;
   bool vectorized = false;

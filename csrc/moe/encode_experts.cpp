@@ -365,6 +365,7 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const ExpertsPacki
 
   DispatchTrace& trace = last_dispatch();
   trace.family = family_name(plan.family, plan.fp32_accumulation);
+  trace.choice = layer.family ? FamilyChoice::Requested : FamilyChoice::Tokens;
   trace.row_tile = plan.row_tile;
   trace.tile_n = plan.variant->tile_n;
   trace.vectorized = aligned.gate_up && aligned.down;

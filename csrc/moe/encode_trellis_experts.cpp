@@ -111,6 +111,15 @@ void encode_trellis_experts(CommandStream& stream, MoeEngine& engine, const Tens
   args.alpha = layer.alpha;
   args.limit = layer.limit;
 
+  DispatchTrace& trace = last_dispatch();
+  trace.family = family_name(tokens > 1 ? Family::Prefill4 : Family::Decode, true);
+  trace.choice = FamilyChoice::Format;
+  trace.row_tile = tokens > 1 ? TRELLIS_PRODUCT_ROWS : 1;
+  trace.tile_n = TRELLIS_TILE;
+  trace.activation = layer.activation;
+  if (!layer.fp32_accumulation)
+    count(Fallback::NoFp16Sums);
+
   Encoding encoding{stream, engine, layer, ids, args.gated ? 2u : 1u, args, {}, tokens};
   const uint32_t matrices = encoding.matrices;
   if (tokens > 1) {
@@ -123,14 +132,6 @@ void encode_trellis_experts(CommandStream& stream, MoeEngine& engine, const Tens
     tables.tiles = stream.scratch(size_t(tables.max_tiles) * sizeof(RowTile));
     encode_group(stream, engine, ids, tokens, top_k, args.experts, 0, TRELLIS_PRODUCT_ROWS, tables);
   }
-  DispatchTrace& trace = last_dispatch();
-  trace.family = family_name(tokens > 1 ? Family::Prefill4 : Family::Decode, true);
-  trace.row_tile = tokens > 1 ? TRELLIS_PRODUCT_ROWS : 1;
-  trace.tile_n = TRELLIS_TILE;
-  trace.activation = layer.activation;
-  if (!layer.fp32_accumulation)
-    count(Fallback::NoFp16Sums);
-
   const size_t hidden_bytes = encoding.row_bytes(args.hidden, matrices);
   const size_t intermediate_bytes = encoding.row_bytes(args.intermediate, matrices);
   const BufferView rotated_x = stream.scratch(hidden_bytes), h = stream.scratch(intermediate_bytes);

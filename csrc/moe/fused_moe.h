@@ -6,6 +6,7 @@
 #include "encode_group.h"
 #include "encode_route.h"
 
+#include "../core/observer.h"
 #include "../core/trace.h"
 
 namespace metal_moe {
@@ -25,20 +26,22 @@ void encode_fused_moe(CommandStream& stream, MoeEngine& engine, const TensorView
                       const TensorView& logits, const TensorView& bias, uint32_t top_k, const RoutingOptions& options,
                       const TensorView& out, const ExpertsPacking* packing = nullptr);
 
-/// Starts the calling thread's record of last_dispatch(). `operation` must have static storage.
-inline void begin_operation(MoeEngine& engine, const char* operation) {
+/// Starts the calling thread's record of last_dispatch(). `operation` must have static storage. Keep what it returns to
+/// the operation's end, which observers are told of.
+[[nodiscard]] inline ObservedOperation begin_operation(MoeEngine& engine, const char* operation) {
   DispatchTrace& trace = last_dispatch();
   trace = DispatchTrace{};
   trace.operation = operation;
   trace.engine = engine.context().engine().c_str();
   count(Counter::Operations);
+  return {};
 }
 
 /// Encodes with `encode(stream)`, commits once and waits. Starts the calling thread's record of last_dispatch().
 /// `operation` must have static storage. ExecutionError naming the kernels where the device failed.
 template <class Encode>
 void run_operation(MoeEngine& engine, const char* operation, const Encode& encode) {
-  begin_operation(engine, operation);
+  const ObservedOperation observed = begin_operation(engine, operation);
   StreamLease stream(engine.context());
   encode(*stream);
   stream->synchronize();

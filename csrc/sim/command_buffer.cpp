@@ -1,5 +1,6 @@
 #include "command_queue.h"
 #include "compute_encoder.h"
+#include "counter_samples.h"
 #include "event.h"
 #include "metal_sim/control.h"
 #include "spin.h"
@@ -38,7 +39,18 @@ void mark_event(const char* call, CommandBufferObject* buffer, const MTL::Event*
   auto* object = static_cast<EventObject*>(static_cast<MTL::SharedEvent*>(const_cast<MTL::Event*>(event)));
   buffer->recording->retain(object);
   const auto dispatches = uint32_t(buffer->recording->dispatches.size());
-  buffer->recording->events.push_back({dispatches, signals, object, value});
+  buffer->recording->marks.push_back({dispatches, signals ? Mark::Signal : Mark::Wait, object, value, nullptr});
+}
+
+void pass(const Mark& mark) {
+  switch (mark.kind) {
+  case Mark::Wait:
+    return mark.event->wait(mark.value);
+  case Mark::Signal:
+    return mark.event->signal(mark.value);
+  case Mark::Sample:
+    return mark.samples->take(mark.value);
+  }
 }
 
 /// A handler that throws has nobody to catch it, here as on Apple: the program ends.
@@ -67,10 +79,10 @@ void CommandBufferObject::execute() {
   std::string failure;
   MTL::CommandBufferError code = MTL::CommandBufferErrorPageFault;
   try {
-    auto mark = recording->events.begin();
+    auto mark = recording->marks.begin();
     for (uint32_t i = 0; i <= recording->dispatches.size(); ++i) {
-      for (; mark != recording->events.end() && mark->dispatches == i; ++mark)
-        mark->signals ? mark->event->signal(mark->value) : mark->event->wait(mark->value);
+      for (; mark != recording->marks.end() && mark->dispatches == i; ++mark)
+        pass(*mark);
       if (i < recording->dispatches.size() && failure.empty()) // a failed buffer still signals: nobody waits for ever
         failure = queue->device->engine.run(recording->dispatches[i], i);
     }
@@ -87,10 +99,12 @@ void CommandBufferObject::launch() {
   start = double(nanoseconds_now()) * NANOSECOND;
   std::string failure;
   try {
-    for (const Dispatch& dispatch : recording->dispatches) {
-      failure = queue->device->engine.launch(dispatch, stream);
-      if (!failure.empty())
-        break;
+    auto mark = recording->marks.begin();
+    for (uint32_t i = 0; i <= recording->dispatches.size() && failure.empty(); ++i) {
+      for (; mark != recording->marks.end() && mark->dispatches == i; ++mark)
+        mark->samples->take_on(mark->value, stream); // events there are none
+      if (i < recording->dispatches.size())
+        failure = queue->device->engine.launch(recording->dispatches[i], stream);
     }
   } catch (const std::exception& exception) {
     failure = exception.what();
@@ -142,6 +156,20 @@ ComputeCommandEncoder* CommandBuffer::computeCommandEncoder(DispatchType dispatc
   if (buffer->encoder)
     misuse("CommandBuffer::computeCommandEncoder", "the previous encoder has not ended encoding");
   return (new EncoderObject(NS::RetainPtr(buffer), dispatchType))->autorelease();
+}
+
+ComputeCommandEncoder* CommandBuffer::computeCommandEncoder(const ComputePassDescriptor* computePassDescriptor) {
+  const auto* pass = static_cast<const PassDescriptorObject*>(computePassDescriptor);
+  const AttachmentObject& attachment = *pass->attachments->first.get();
+  if (attachment.samples)
+    for (const NS::UInteger index : {attachment.start, attachment.end})
+      if (index != CounterDontSample && index >= attachment.samples->count())
+        misuse("CommandBuffer::computeCommandEncoder",
+               "sample " + std::to_string(index) + " of a buffer of " + std::to_string(attachment.samples->count()));
+  ComputeCommandEncoder* encoder = computeCommandEncoder(pass->type);
+  if (attachment.samples)
+    static_cast<EncoderObject*>(encoder)->sample(attachment.samples, attachment.start, attachment.end);
+  return encoder;
 }
 
 void CommandBuffer::encodeSignalEvent(const Event* event, uint64_t value) {

@@ -92,6 +92,22 @@ void EncoderObject::end() {
   state("CommandEncoder::endEncoding");
   ended_ = true;
   buffer->encoder = nullptr;
+  if (samples_)
+    mark(end_sample_);
+}
+
+void EncoderObject::sample(NS::SharedPtr<SamplesObject> samples, NS::UInteger start, NS::UInteger end) {
+  samples_ = std::move(samples);
+  end_sample_ = end;
+  mark(start);
+}
+
+void EncoderObject::mark(NS::UInteger index) {
+  if (index == MTL::CounterDontSample)
+    return;
+  Recording& recording = *buffer->recording;
+  recording.retain(samples_.get());
+  recording.marks.push_back({uint32_t(recording.dispatches.size()), Mark::Sample, nullptr, index, samples_.get()});
 }
 
 } // namespace metal_sim

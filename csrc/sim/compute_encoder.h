@@ -2,6 +2,7 @@
 #pragma once
 
 #include "command_queue.h"
+#include "counter_samples.h"
 
 namespace metal_sim {
 
@@ -12,13 +13,19 @@ public:
   /// The state to change; misuse where encoding has ended.
   EncoderState& state(const char* call);
   void end();
+  /// Notes when the encoder begins, now, and when it ends, in the samples of these indices.
+  void sample(NS::SharedPtr<SamplesObject> samples, NS::UInteger start, NS::UInteger end);
 
   const NS::SharedPtr<CommandBufferObject> buffer;
   const MTL::DispatchType type;
   Label label;
 
 private:
+  void mark(NS::UInteger index);
+
   bool ended_ = false;
+  NS::SharedPtr<SamplesObject> samples_;
+  NS::UInteger end_sample_ = 0;
 };
 
 } // namespace metal_sim

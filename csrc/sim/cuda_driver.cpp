@@ -45,6 +45,14 @@ CudaDriver load() {
   find(driver.free, "cuMemFree_v2");
   find(driver.copy_to_device, "cuMemcpyHtoD_v2");
   find(driver.exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
+  find(driver.stream_is_capturing, "cuStreamIsCapturing");
+  find(driver.create_stream, "cuStreamCreate");
+  find(driver.destroy_stream, "cuStreamDestroy_v2");
+  find(driver.create_event, "cuEventCreate");
+  find(driver.destroy_event, "cuEventDestroy_v2");
+  find(driver.record_event, "cuEventRecord");
+  find(driver.synchronize_event, "cuEventSynchronize");
+  find(driver.elapsed_time, "cuEventElapsedTime");
   find(driver.error_name, "cuGetErrorName");
   find(driver.error_text, "cuGetErrorString");
   find(driver.parameter_info, "cuFuncGetParamInfo", true);

@@ -12,6 +12,7 @@ using CudaContext = void*;
 using CudaModule = void*;
 using CudaFunction = void*;
 using CudaStream = void*; // null: the default stream
+using CudaEvent = void*;
 using CudaAddress = unsigned long long;
 
 constexpr int CUDA_MULTIPROCESSORS = 16; // CUdevice_attribute
@@ -21,6 +22,8 @@ constexpr int CUDA_FUNCTION_MAX_THREADS = 0; // CUfunction_attribute
 constexpr int CUDA_FUNCTION_MAX_DYNAMIC_SHARED_BYTES = 8;
 constexpr int CUDA_FUNCTION_SHARED_CARVEOUT = 9; // percent of the memory that shared memory and L1 cache divide
 constexpr int CUDA_CAPTURE_RELAXED = 2;          // CUstreamCaptureMode
+constexpr unsigned CUDA_EVENT_DEFAULT = 0;       // CUevent_flags
+constexpr unsigned CUDA_STREAM_NON_BLOCKING = 1; // CUstream_flags
 
 /// CUlaunchAttribute: a number and a union of 64 bytes.
 struct CudaLaunchAttribute {
@@ -62,6 +65,14 @@ struct CudaDriver {
   CudaResult (*free)(CudaAddress address);
   CudaResult (*copy_to_device)(CudaAddress to, const void* from, size_t bytes);
   CudaResult (*exchange_capture_mode)(int* mode);
+  CudaResult (*stream_is_capturing)(CudaStream stream, int* status);
+  CudaResult (*create_stream)(CudaStream* stream, unsigned flags);
+  CudaResult (*destroy_stream)(CudaStream stream);
+  CudaResult (*create_event)(CudaEvent* event, unsigned flags);
+  CudaResult (*destroy_event)(CudaEvent event);
+  CudaResult (*record_event)(CudaEvent event, CudaStream stream);
+  CudaResult (*synchronize_event)(CudaEvent event);
+  CudaResult (*elapsed_time)(float* milliseconds, CudaEvent start, CudaEvent end);
   CudaResult (*error_name)(CudaResult result, const char** name);
   CudaResult (*error_text)(CudaResult result, const char** text);
   /// Null before driver 12.4.

@@ -5,6 +5,7 @@
 #include "cuda_library.h"
 #include "metal_sim/control.h"
 #include "objects.h"
+#include "spin.h"
 
 #include <algorithm>
 #include <map>
@@ -39,7 +40,20 @@ private:
   int mode_ = CUDA_CAPTURE_RELAXED;
 };
 
+constexpr uint64_t CLOCK_LIFE = 100'000'000; // nanoseconds, of which 24 bits leave 6
+
 class CudaEngine final : public Engine {
+  struct Clock {
+    explicit Clock(CudaEngine& engine) : engine(engine) {}
+    ~Clock() { engine.release_time({UNKNOWN_TIME, event}); }
+    Clock(const Clock&) = delete;
+    Clock& operator=(const Clock&) = delete;
+
+    CudaEngine& engine;
+    CudaEvent event = nullptr;
+    uint64_t start = 0; // when it was, on the host's clock
+  };
+
 public:
   explicit CudaEngine(int ordinal) {
     const CudaDriver& driver = cuda_driver();
@@ -160,6 +174,66 @@ public:
   }
 
   bool has_streams() const override { return true; }
+  bool tells_time() const override { return true; }
+
+  /// An event that is reached at once, on a stream where nothing else runs, and when that was. CUDA tells the time
+  /// between two events in milliseconds of 24 bits, so no event is told from one that is long ago.
+  std::shared_ptr<void> clock() override {
+    const std::lock_guard lock(mutex_);
+    if (clock_ && nanoseconds_now() - clock_->start < CLOCK_LIFE)
+      return clock_;
+    const CurrentCudaContext current(context_);
+    const OutsideCapture relaxed;
+    const CudaDriver& driver = cuda_driver();
+    auto clock = std::make_shared<Clock>(*this);
+    CudaStream stream = nullptr;
+    const bool made = driver.create_event(&clock->event, CUDA_EVENT_DEFAULT) == 0 &&
+                      driver.create_stream(&stream, CUDA_STREAM_NON_BLOCKING) == 0 &&
+                      driver.record_event(clock->event, stream) == 0 && driver.synchronize_event(clock->event) == 0;
+    clock->start = nanoseconds_now();
+    if (stream)
+      driver.destroy_stream(stream);
+    clock_ = made ? clock : nullptr;
+    return clock_;
+  }
+
+  /// Events of a stream that is captured would be part of the graph, and tell nothing: unknown there.
+  Time time_on(void* stream) override {
+    const CurrentCudaContext current(context_);
+    const CudaDriver& driver = cuda_driver();
+    int capturing = 0;
+    CudaEvent event = nullptr;
+    if (driver.stream_is_capturing(stream, &capturing) || capturing || driver.create_event(&event, CUDA_EVENT_DEFAULT))
+      return {};
+    const Time time{UNKNOWN_TIME, event};
+    if (driver.record_event(event, stream) == 0)
+      return time;
+    release_time(time);
+    return {};
+  }
+
+  uint64_t nanoseconds_of(const Time& time, const void* clock) override {
+    if (!time.event || !clock)
+      return UNKNOWN_TIME;
+    const CurrentCudaContext current(context_);
+    const auto& from = *static_cast<const Clock*>(clock);
+    float milliseconds = 0;
+    if (cuda_driver().synchronize_event(time.event) ||
+        cuda_driver().elapsed_time(&milliseconds, from.event, time.event))
+      return UNKNOWN_TIME;
+    return from.start + uint64_t(std::max(0.0, double(milliseconds) * 1e6));
+  }
+
+  void release_time(const Time& time) noexcept override {
+    if (!time.event)
+      return;
+    try {
+      const CurrentCudaContext current(context_);
+      cuda_driver().destroy_event(time.event);
+    } catch (const std::exception&) { // as in release()
+    }
+  }
+
   bool host_memory() const override { return false; }
   size_t memory_size() const override { return memory_; }
 
@@ -236,7 +310,8 @@ private:
   int architecture_ = 0;
   int multiprocessors_ = 0;
   size_t memory_ = 0;
-  std::mutex mutex_; // of the libraries, and of compiling their kernels
+  std::mutex mutex_; // of the clock, the libraries, and compiling their kernels
+  std::shared_ptr<Clock> clock_;
   std::map<std::string, std::unique_ptr<CudaLibrary>> libraries_;
 };
 

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 namespace metal_sim {
@@ -67,6 +68,28 @@ public:
     (void)stream;
     return std::string("kernel '") + dispatch.kernel->name + "': engine " + name() + " has no streams";
   }
+
+  /// Whether command encoders can be told to note when they begin and end.
+  virtual bool tells_time() const { return false; }
+  /// A moment: of the host's monotonic clock, or one that the device is to tell.
+  struct Time {
+    uint64_t nanoseconds = UNKNOWN_TIME;
+    void* event = nullptr; // of the engine
+  };
+  static constexpr uint64_t UNKNOWN_TIME = ~uint64_t(0);
+  /// What the device's moments are told from, as far as it needs something; null where it cannot be had.
+  virtual std::shared_ptr<void> clock() { return nullptr; }
+  /// When `stream` comes to what is launched next; unknown where the engine cannot tell.
+  virtual Time time_on(void* stream) {
+    (void)stream;
+    return {};
+  }
+  /// Of the host's clock; waits for the moment.
+  virtual uint64_t nanoseconds_of(const Time& time, const void* clock) {
+    (void)clock;
+    return time.nanoseconds;
+  }
+  virtual void release_time(const Time& time) noexcept { (void)time; }
 
   /// Whether buffers are ordinary memory of the process. Else the engine allocates them, null where it cannot.
   virtual bool host_memory() const { return true; }

@@ -132,6 +132,9 @@ Object* Array::at(UInteger index) const {
   return objects[index];
 }
 
+void* Data::mutableBytes() const { return static_cast<const metal_sim::DataObject*>(this)->bytes.data(); }
+UInteger Data::length() const { return static_cast<const metal_sim::DataObject*>(this)->bytes.size(); }
+
 Integer Error::code() const { return static_cast<const ErrorObject*>(this)->code_; }
 ErrorDomain Error::domain() const { return static_cast<const ErrorObject*>(this)->domain_; }
 String* Error::localizedDescription() const { return static_cast<const ErrorObject*>(this)->description_.get(); }

@@ -29,6 +29,13 @@ public:
   std::vector<NS::Object*> objects;
 };
 
+class DataObject final : public NS::Data {
+public:
+  explicit DataObject(std::vector<std::byte> bytes) : bytes(std::move(bytes)) {}
+
+  mutable std::vector<std::byte> bytes;
+};
+
 class ErrorObject final : public NS::Error {
 public:
   ErrorObject(const char* domain, NS::Integer code, std::string text);

@@ -41,6 +41,7 @@ class NativeEngine final : public Engine {
 public:
   uint32_t max_threads_per_threadgroup() const override { return 1; }
   const char* name() const override { return "native"; }
+  bool tells_time() const override { return true; }
 
   std::string run(const Dispatch& dispatch, uint32_t) override {
     const uint32_t cost = dispatch.cost->load(std::memory_order_relaxed);

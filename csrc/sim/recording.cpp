@@ -21,7 +21,7 @@ std::byte* Recording::copy(const void* bytes, size_t length) {
 
 void Recording::clear() {
   dispatches.clear();
-  events.clear();
+  marks.clear();
   for (Counted* object : retained_)
     object->drop_reference();
   retained_.clear();

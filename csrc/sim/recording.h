@@ -13,6 +13,7 @@ namespace metal_sim {
 class BufferObject;
 class EventObject;
 class PipelineObject;
+class SamplesObject;
 
 /// Memory behind one buffer index of an encoder.
 struct Binding {
@@ -28,12 +29,15 @@ struct EncoderState {
   uint32_t threadgroup_bytes[MAX_THREADGROUP_ARGUMENTS] = {};
 };
 
-/// A wait for an event, or a signal to it, between dispatches.
-struct EventMark {
+/// What happens between dispatches. Objects are retained by the recording.
+struct Mark {
+  enum Kind { Wait, Signal, Sample };
+
   uint32_t dispatches; // how many come before it
-  bool signals;
-  EventObject* event; // retained by the recording
-  uint64_t value;
+  Kind kind;
+  EventObject* event;     // of a wait or a signal
+  uint64_t value;         // of the event; or the sample's index
+  SamplesObject* samples; // of a sample
 };
 
 /// Recycled by the queue, so that encoding allocates nothing once warm.
@@ -54,7 +58,7 @@ public:
   void clear();
 
   std::vector<Dispatch> dispatches;
-  std::vector<EventMark> events;
+  std::vector<Mark> marks;
   EncoderState state;
 
 private:

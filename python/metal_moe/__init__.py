@@ -16,7 +16,8 @@ from . import _core  # noqa: E402 (the check comes first)
 # The kernels lie beside the extension; METAL_MOE_LIBRARY names another build of them.
 _core.set_library_path(_os.environ.get("METAL_MOE_LIBRARY") or str(_Path(_core.__file__).parent / "metal_moe.metallib"))
 
-from .command_stream import CommandStream, Completion  # noqa: E402 (the library's path comes first)
+from ._trace import start_from_environment as _start_trace  # noqa: E402 (the library's path comes first)
+from .command_stream import CommandStream, Completion  # noqa: E402
 from .device import (  # noqa: E402
     SUPPORTED_DEVICES,
     counters,
@@ -38,7 +39,10 @@ from .gpu import Residency, capture, keep_resident  # noqa: E402
 from .grouping import GroupedTokens, group_tokens  # noqa: E402
 from .layer_batch import LayerBatch  # noqa: E402
 from .linear import lora, matmul  # noqa: E402
+from .profile import KernelProfile, Profile, profile  # noqa: E402
 from .routing import fused_topk  # noqa: E402
+
+_start_trace()
 
 try:
     __version__ = _version("metal_moe")
@@ -50,7 +54,9 @@ __all__ = [
     "CommandStream",
     "Completion",
     "GroupedTokens",
+    "KernelProfile",
     "LayerBatch",
+    "Profile",
     "QuantizedExperts",
     "Residency",
     "__version__",
@@ -70,6 +76,7 @@ __all__ = [
     "matmul",
     "pool_stats",
     "pool_trim",
+    "profile",
     "reset_counters",
     "select_moe_kernel",
     "set_exact_seed",

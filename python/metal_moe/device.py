@@ -112,12 +112,13 @@ def last_dispatch() -> dict:
 
     Returns:
         operation ("fused_moe", ...), engine, family (of the expert kernels, as `select_moe_kernel` names it; "" where
-        none ran), kernels (names in order), dispatches, commits (of command buffers), row_tile (rows of one expert per
-        threadgroup), tile_n (columns of a tile, see `select_moe_kernel`), vectorized (whether rows were aligned for
-        vector loads), layer_batch ("encoded" inside a `LayerBatch` or a `CommandStream`, "passed" where that does
-        nothing for it, "" outside) and specialization: what the kernels of quantised experts were compiled for, as in
-        "moe_trellis_swiglu_decode_6_2_3" with the bits of gate, up and down ("any" where experts differ), or "" where
-        they take every format.
+        none ran), chosen_by (why that family: "tokens", their number, by the device's table; "kernel", the argument;
+        "format", which has kernels of its own; "" where none ran), kernels (names in order), dispatches, commits (of
+        command buffers), row_tile (rows of one expert per threadgroup), tile_n (columns of a tile, see
+        `select_moe_kernel`), vectorized (whether rows were aligned for vector loads), layer_batch ("encoded" inside a
+        `LayerBatch` or a `CommandStream`, "passed" where that does nothing for it, "" outside) and specialization: what
+        the kernels of quantised experts were compiled for, as in "moe_trellis_swiglu_decode_6_2_3" with the bits of
+        gate, up and down ("any" where experts differ), or "" where they take every format.
     """
     return _core.last_dispatch()
 
@@ -151,7 +152,8 @@ def counters() -> dict:
             no_quantized_simd: "moe_simd" on quantised weights, which runs kernels of "moe_base" or "moe_large_batch";
             copied_input: hidden_states copied, as kernels of quantised weights read aligned rows only;
             converted_bias: a bias of `QuantizedExperts` converted to the dtype of hidden_states, on every call;
-            passed_batch: a call inside a `LayerBatch` that ran on PyTorch's stream, where a batch does nothing.
+            passed_batch: a call inside a `LayerBatch` that ran on PyTorch's stream, where a batch does nothing;
+            torch_matmul: `matmul` by PyTorch, beyond the measured size or of a layout that kernels do not read.
 
     Example:
         >>> metal_moe.reset_counters()

@@ -1,4 +1,4 @@
-"""The command line: `metal-moe info`, `kernels`, `demo`, `repro`, `quantize` and `tune`."""
+"""The command line: `metal-moe info`, `kernels`, `demo`, `repro`, `profile`, `quantize` and `tune`."""
 
 import argparse
 import json
@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, info, kernels, quantize, repro, tune
+from . import demo, info, kernels, profile, quantize, repro, tune
 from .text import Progress
 
-_COMMANDS = (info, kernels, demo, repro, quantize, tune)
+_COMMANDS = (info, kernels, demo, repro, profile, quantize, tune)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -128,6 +128,27 @@ private:
   Object* at(UInteger index) const;
 };
 
+struct Range {
+  static Range Make(UInteger loc, UInteger len) { return {loc, len}; }
+  Range(UInteger loc, UInteger len) : location(loc), length(len) {}
+
+  bool Equal(const Range& range) const { return location == range.location && length == range.length; }
+  bool LocationInRange(UInteger loc) const { return loc >= location && loc - location < length; }
+  UInteger Max() const { return location + length; }
+
+  UInteger location;
+  UInteger length;
+};
+
+class Data : public Copying<Data> {
+public:
+  void* mutableBytes() const;
+  UInteger length() const;
+
+protected:
+  Data() = default;
+};
+
 using ErrorDomain = String*;
 
 class Error : public Copying<Error> {

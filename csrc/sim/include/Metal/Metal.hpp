@@ -19,9 +19,15 @@ class Buffer;
 class CommandBuffer;
 class CommandQueue;
 class ComputeCommandEncoder;
+class ComputePassDescriptor;
+class ComputePassSampleBufferAttachmentDescriptor;
+class ComputePassSampleBufferAttachmentDescriptorArray;
 class ComputePipelineDescriptor;
 class ComputePipelineReflection;
 class ComputePipelineState;
+class CounterSampleBuffer;
+class CounterSampleBufferDescriptor;
+class CounterSet;
 class Device;
 class Event;
 class Function;
@@ -107,6 +113,31 @@ enum DispatchType : NS::UInteger { DispatchTypeSerial = 0, DispatchTypeConcurren
 using BarrierScope = NS::UInteger;
 enum : BarrierScope { BarrierScopeBuffers = 1, BarrierScopeTextures = 1 << 1, BarrierScopeRenderTargets = 1 << 2 };
 
+/// Points where counters may be sampled. The stand-in samples at the beginning and end of encoders, as Apple's GPUs do.
+enum CounterSamplingPoint : NS::UInteger {
+  CounterSamplingPointAtStageBoundary = 0,
+  CounterSamplingPointAtDrawBoundary = 1,
+  CounterSamplingPointAtDispatchBoundary = 2,
+  CounterSamplingPointAtTileDispatchBoundary = 3,
+  CounterSamplingPointAtBlitBoundary = 4,
+};
+
+enum CounterSampleBufferError : NS::Integer {
+  CounterSampleBufferErrorOutOfMemory = 0,
+  CounterSampleBufferErrorInvalid = 1,
+  CounterSampleBufferErrorInternal = 2,
+};
+
+using Timestamp = std::uint64_t;
+/// In place of a sample that was not taken.
+static const NS::UInteger CounterErrorValue = static_cast<NS::UInteger>(~0ULL);
+static const NS::UInteger CounterDontSample = static_cast<NS::UInteger>(-1);
+
+/// A sample of the set "timestamp".
+struct CounterResultTimestamp {
+  uint64_t timestamp;
+};
+
 using HandlerFunction = std::function<void(CommandBuffer*)>;
 /// The stand-in reflects nothing: pass null.
 using AutoreleasedComputePipelineReflection = ComputePipelineReflection*;
@@ -184,6 +215,63 @@ public:
   NS::UInteger staticThreadgroupMemoryLength() const;
 };
 
+class CounterSet : public NS::Referencing<CounterSet> {
+public:
+  NS::String* name() const;
+};
+
+class CounterSampleBufferDescriptor : public NS::Copying<CounterSampleBufferDescriptor> {
+public:
+  static CounterSampleBufferDescriptor* alloc();
+  CounterSampleBufferDescriptor* init();
+  CounterSet* counterSet() const;
+  void setCounterSet(const CounterSet* counterSet);
+  NS::String* label() const;
+  void setLabel(const NS::String* label);
+  NS::UInteger sampleCount() const;
+  void setSampleCount(NS::UInteger sampleCount);
+  StorageMode storageMode() const;
+  void setStorageMode(StorageMode storageMode);
+};
+
+class CounterSampleBuffer : public NS::Referencing<CounterSampleBuffer> {
+public:
+  Device* device() const;
+  NS::String* label() const;
+  NS::UInteger sampleCount() const;
+  /// A CounterResultTimestamp for each sample. On a cuda device waits for those that the GPU has yet to take.
+  NS::Data* resolveCounterRange(NS::Range range);
+};
+
+class ComputePassSampleBufferAttachmentDescriptor : public NS::Copying<ComputePassSampleBufferAttachmentDescriptor> {
+public:
+  static ComputePassSampleBufferAttachmentDescriptor* alloc();
+  ComputePassSampleBufferAttachmentDescriptor* init();
+  CounterSampleBuffer* sampleBuffer() const;
+  void setSampleBuffer(const CounterSampleBuffer* sampleBuffer);
+  NS::UInteger startOfEncoderSampleIndex() const;
+  void setStartOfEncoderSampleIndex(NS::UInteger startOfEncoderSampleIndex);
+  NS::UInteger endOfEncoderSampleIndex() const;
+  void setEndOfEncoderSampleIndex(NS::UInteger endOfEncoderSampleIndex);
+};
+
+class ComputePassSampleBufferAttachmentDescriptorArray
+    : public NS::Referencing<ComputePassSampleBufferAttachmentDescriptorArray> {
+public:
+  /// The stand-in has one attachment, index 0.
+  ComputePassSampleBufferAttachmentDescriptor* object(NS::UInteger attachmentIndex);
+};
+
+class ComputePassDescriptor : public NS::Copying<ComputePassDescriptor> {
+public:
+  static ComputePassDescriptor* computePassDescriptor();
+  static ComputePassDescriptor* alloc();
+  ComputePassDescriptor* init();
+  DispatchType dispatchType() const;
+  void setDispatchType(DispatchType dispatchType);
+  ComputePassSampleBufferAttachmentDescriptorArray* sampleBufferAttachments() const;
+};
+
 class Event : public NS::Referencing<Event> {
 public:
   Device* device() const;
@@ -227,6 +315,8 @@ public:
 
   ComputeCommandEncoder* computeCommandEncoder();
   ComputeCommandEncoder* computeCommandEncoder(DispatchType dispatchType);
+  /// An encoder whose beginning and end are sampled.
+  ComputeCommandEncoder* computeCommandEncoder(const ComputePassDescriptor* computePassDescriptor);
   /// Sets the event's value when all that was encoded before has run.
   void encodeSignalEvent(const Event* event, uint64_t value);
   /// What is encoded after runs when the event's value is at least this.
@@ -285,6 +375,13 @@ public:
                                                 const AutoreleasedComputePipelineReflection* reflection,
                                                 NS::Error** error);
   SharedEvent* newSharedEvent();
+
+  bool supportsCounterSampling(CounterSamplingPoint samplingPoint);
+  /// One set, "timestamp", where the engine tells time: nanoseconds of the host's monotonic clock.
+  NS::Array* counterSets() const;
+  CounterSampleBuffer* newCounterSampleBuffer(const CounterSampleBufferDescriptor* descriptor, NS::Error** error);
+  /// The same moment on the host's clock and on the device's.
+  void sampleTimestamps(Timestamp* cpuTimestamp, Timestamp* gpuTimestamp);
 };
 
 /// Owned by the caller. Native engine.
