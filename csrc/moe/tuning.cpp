@@ -7,8 +7,11 @@ const Tuning& tuning_for(const std::string& engine) {
   // A processor with one-thread simdgroups multiplies fastest in dot products along K, without the exchange of elements
   // that 8x8 matrices need, whatever the number of rows: bench/moe_layer.py, where base and large_batch take 1.5 to 4
   // times as long from 4 to 512 tokens. 65 or more rows of an expert read its weights again from the cache.
-  static const Tuning native{
-      .prefill4_tokens = UINT32_MAX, .base_tokens = UINT32_MAX, .prefill4_row_tile = PREFILL4_ROW_TILE_ONE_LANE};
+  // One lane holds one assignment: tiles come from `group`, which costs a microsecond there.
+  static const Tuning native{.prefill4_tokens = UINT32_MAX,
+                             .base_tokens = UINT32_MAX,
+                             .prefill4_row_tile = PREFILL4_ROW_TILE_ONE_LANE,
+                             .tiles_from_ids_assignments = 0};
   // Tensor cores are idle most of the time whatever the tile, so padding costs little and reading weights again more;
   // copies run ahead of the arithmetic, where dot products wait for their loads.
   static const Tuning cuda{.prefill4_tokens = 1,

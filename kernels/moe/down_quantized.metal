@@ -83,11 +83,11 @@ down_quantized_decode(device const T* h [[buffer(0)]], device const uchar* codes
 }
 
 /// Columns column .. column + R - 1 of y, in prefill4.
-template <typename T>
+template <typename T, typename Source>
 struct DownQuantizedBlock {
   static constexpr constant uint R = gemv_columns<GEMV_ROWS, 1>(QUANTIZED_COLUMNS);
-  SortedRows<T> rows;
-  device float* y;      // of row 0
+  Source rows;
+  device float* y;      // of the tile's first row
   device const T* bias; // of the expert, or null
   uint count;           // rows
   uint end;
@@ -104,7 +104,7 @@ struct DownQuantizedBlock {
     for (uint e = lane; e < R * C; e += SIMD_WIDTH) {
       const uint n = column + e / C;
       if (n < end && first + e % C < count)
-        y[ulong(first + e % C) * args.out_row_stride + n] = sums.at(e) + (bias ? float(bias[n]) : 0.0f);
+        y[ulong(rows.offset(first + e % C)) * args.out_row_stride + n] = sums.at(e) + (bias ? float(bias[n]) : 0.0f);
     }
   }
 };
@@ -114,22 +114,24 @@ template <typename T>
 down_quantized_prefill4(device const T* h [[buffer(0)]], device const uchar* codes [[buffer(1)]],
                         device const uchar* scales [[buffer(2)]], device const uchar* biases [[buffer(3)]],
                         device const ExpertMatrix* table [[buffer(4)]], device const T* bias [[buffer(5)]],
-                        device const RowTile* tiles [[buffer(6)]], device float* y [[buffer(7)]],
-                        constant ExpertsArgs& args [[buffer(8)]], uint3 group [[threadgroup_position_in_grid]],
-                        uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const RowTile tile = tiles[group.x];
-  if (tile.rows == 0)
+                        device const int* ids [[buffer(6)]], device const RowTile* tiles [[buffer(7)]],
+                        device float* y [[buffer(8)]], constant ExpertsArgs& args [[buffer(9)]],
+                        uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                        uint lane [[thread_index_in_simdgroup]]) {
+  const TileRows<PREFILL4_ROW_TILE> tile = tile_rows<PREFILL4_ROW_TILE>(ids, tiles, args, group.x, lane);
+  if (tile.count == 0)
     return;
-  using Block = DownQuantizedBlock<T>;
+  using Source = PlacedRows<T, PREFILL4_ROW_TILE>;
+  using Block = DownQuantizedBlock<T, Source>;
   const QuantizedMatrix matrix = expert_matrix(codes, scales, biases, table, tile.expert, FIRST_MATRIX);
-  const SortedRows<T> rows{h + ulong(tile.first_row) * args.h_row_stride, args.h_row_stride};
+  const Source rows{h + ulong(tile.first) * args.h_row_stride, args.h_row_stride, tile};
   device const T* b = args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
-  device float* to = y + ulong(tile.first_row) * args.out_row_stride;
+  device float* to = y + ulong(tile.first) * args.out_row_stride;
   const uint first_column = group.y * QUANTIZED_THREADGROUP_COLUMNS;
   const uint end = min(first_column + QUANTIZED_THREADGROUP_COLUMNS, args.hidden);
-  const Block block{rows, to, b, tile.rows, end, lane, matrix, args};
+  const Block block{rows, to, b, tile.count, end, lane, matrix, args};
   for (uint column = first_column + simdgroup * Block::R; column < end; column += GEMV_LANE_SIMDGROUPS * Block::R)
-    for_quantized_row_runs<GEMV_ROWS>(block, column, tile.rows);
+    for_quantized_row_runs<GEMV_ROWS>(block, column, tile.count);
 }
 
 template <typename T, uint ROW_TILE, uint TILE_N>
@@ -137,12 +139,12 @@ template <typename T, uint ROW_TILE, uint TILE_N>
 down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [[buffer(1)]],
                     device const uchar* scales [[buffer(2)]], device const uchar* biases [[buffer(3)]],
                     device const ExpertMatrix* table [[buffer(4)]], device const T* bias [[buffer(5)]],
-                    device const RowTile* tiles [[buffer(6)]], device float* y [[buffer(7)]],
-                    constant ExpertsArgs& args [[buffer(8)]], threadgroup uchar* memory [[threadgroup(0)]],
-                    uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-                    uint lane [[thread_index_in_simdgroup]]) {
-  const RowTile tile = tiles[group.x];
-  if (tile.rows == 0)
+                    device const int* ids [[buffer(6)]], device const RowTile* tiles [[buffer(7)]],
+                    device float* y [[buffer(8)]], constant ExpertsArgs& args [[buffer(9)]],
+                    threadgroup uchar* memory [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+                    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, group.x, lane);
+  if (tile.count == 0)
     return;
   using Tile = GemmTile<T, float, 1, ROW_TILE, TILE_N, true>;
   const uint first_column = group.y * Tile::COLUMNS;
@@ -153,13 +155,13 @@ down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [
   weights.columns = args.hidden;
   weights.thread_index = simdgroup * SIMD_WIDTH + lane;
 
-  const SortedRows<T> rows{h + ulong(tile.first_row) * args.h_row_stride, args.h_row_stride};
+  const PlacedRows<T, ROW_TILE> rows{h + ulong(tile.first) * args.h_row_stride, args.h_row_stride, tile};
   Tile product;
-  product.multiply_decoded(rows, tile.rows, weights, args.intermediate, memory, simdgroup, lane);
+  product.multiply_decoded(rows, tile.count, weights, args.intermediate, memory, simdgroup, lane);
 
   device const T* b = args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
-  const DownStore<T> store{
-      y + ulong(tile.first_row) * args.out_row_stride, b, tile.rows, first_column, args.hidden, args.out_row_stride};
+  const DownStore<T, PlacedRows<T, ROW_TILE>> store{
+      rows, y + ulong(tile.first) * args.out_row_stride, b, tile.count, first_column, args.hidden, args.out_row_stride};
   product.for_each_pair(store, memory, simdgroup, lane);
 }
 

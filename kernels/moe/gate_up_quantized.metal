@@ -23,7 +23,7 @@ template <uint MAX_ROWS, typename T, bool GATED, typename Source>
 struct GateUpQuantizedBlock {
   static constexpr constant uint R = gemv_columns<MAX_ROWS, 1>(QUANTIZED_COLUMNS);
   Source rows;
-  device T* h;          // of row 0
+  device T* h;          // of the tile's first row
   device const T* bias; // of the expert, or null
   uint count;           // rows
   uint end;
@@ -60,7 +60,7 @@ struct GateUpQuantizedBlock {
         if (GATED)
           up_sum += float(bias[up_row(n, intermediate, args.interleaved)]);
       }
-      h[ulong(first + e % C) * args.h_row_stride + n] =
+      h[ulong(rows.offset(first + e % C)) * args.h_row_stride + n] =
           T(activate(args.activation, gate_sum, up_sum, args.alpha, args.limit));
     }
   }
@@ -101,30 +101,32 @@ gate_up_quantized_decode(device const T* x [[buffer(0)]], device const uchar* ga
     return; // dropped: `down` skips the row too
   const GateUpPart gate{gate_codes, gate_scales, gate_biases, gate_table};
   const GateUpPart up{up_codes, up_scales, up_biases, up_table};
-  const SortedRows<T> rows{x + ulong(token) * args.x_row_stride, 0};
+  const OneRow<T> rows{x + ulong(token) * args.x_row_stride};
   device T* to = h + (ulong(token) * args.top_k + slot) * args.h_row_stride;
   gate_up_quantized_gemv<1, T, GATED>(rows, 1, gate, up, bias, expert, to, group.x * QUANTIZED_THREADGROUP_COLUMNS,
                                       args, simdgroup, lane);
 }
 
 template <typename T, bool GATED>
-[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void gate_up_quantized_prefill4(
-    device const T* x [[buffer(0)]], device const uchar* gate_codes [[buffer(1)]],
-    device const uchar* gate_scales [[buffer(2)]], device const uchar* gate_biases [[buffer(3)]],
-    device const ExpertMatrix* gate_table [[buffer(4)]], device const uchar* up_codes [[buffer(5)]],
-    device const uchar* up_scales [[buffer(6)]], device const uchar* up_biases [[buffer(7)]],
-    device const ExpertMatrix* up_table [[buffer(8)]], device const T* bias [[buffer(9)]],
-    device const uint* sorted_rows [[buffer(10)]], device const RowTile* tiles [[buffer(11)]],
-    device T* h [[buffer(12)]], constant ExpertsArgs& args [[buffer(13)]], uint3 group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const RowTile tile = tiles[group.x];
-  if (tile.rows == 0)
+[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
+gate_up_quantized_prefill4(device const T* x [[buffer(0)]], device const uchar* gate_codes [[buffer(1)]],
+                           device const uchar* gate_scales [[buffer(2)]], device const uchar* gate_biases [[buffer(3)]],
+                           device const ExpertMatrix* gate_table [[buffer(4)]],
+                           device const uchar* up_codes [[buffer(5)]], device const uchar* up_scales [[buffer(6)]],
+                           device const uchar* up_biases [[buffer(7)]],
+                           device const ExpertMatrix* up_table [[buffer(8)]], device const T* bias [[buffer(9)]],
+                           device const int* ids [[buffer(10)]], device const uint* sorted_rows [[buffer(11)]],
+                           device const RowTile* tiles [[buffer(12)]], device T* h [[buffer(13)]],
+                           constant ExpertsArgs& args [[buffer(14)]], uint3 group [[threadgroup_position_in_grid]],
+                           uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const TileRows<PREFILL4_ROW_TILE> tile = tile_rows<PREFILL4_ROW_TILE>(ids, tiles, args, group.x, lane);
+  if (tile.count == 0)
     return;
   const GateUpPart gate{gate_codes, gate_scales, gate_biases, gate_table};
   const GateUpPart up{up_codes, up_scales, up_biases, up_table};
-  const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k, args.x_row_stride};
-  gate_up_quantized_gemv<GEMV_ROWS, T, GATED>(rows, tile.rows, gate, up, bias, tile.expert,
-                                              h + ulong(tile.first_row) * args.h_row_stride,
+  const GatheredRows<T, PREFILL4_ROW_TILE> rows{x, sorted_rows + tile.first, args.top_k, args.x_row_stride, tile};
+  gate_up_quantized_gemv<GEMV_ROWS, T, GATED>(rows, tile.count, gate, up, bias, tile.expert,
+                                              h + ulong(tile.first) * args.h_row_stride,
                                               group.y * QUANTIZED_THREADGROUP_COLUMNS, args, simdgroup, lane);
 }
 
@@ -135,15 +137,16 @@ gate_up_quantized_gemm(device const T* x [[buffer(0)]], device const uchar* gate
                        device const ExpertMatrix* gate_table [[buffer(4)]], device const uchar* up_codes [[buffer(5)]],
                        device const uchar* up_scales [[buffer(6)]], device const uchar* up_biases [[buffer(7)]],
                        device const ExpertMatrix* up_table [[buffer(8)]], device const T* bias [[buffer(9)]],
-                       device const uint* sorted_rows [[buffer(10)]], device const RowTile* tiles [[buffer(11)]],
-                       device T* h [[buffer(12)]], constant ExpertsArgs& args [[buffer(13)]],
-                       threadgroup uchar* memory [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
-                       uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+                       device const int* ids [[buffer(10)]], device const uint* sorted_rows [[buffer(11)]],
+                       device const RowTile* tiles [[buffer(12)]], device T* h [[buffer(13)]],
+                       constant ExpertsArgs& args [[buffer(14)]], threadgroup uchar* memory [[threadgroup(0)]],
+                       uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                       uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint MATRICES = GATED ? 2 : 1;
   using Tile = GemmTile<T, float, MATRICES, ROW_TILE, TILE_N, true>;
-  const RowTile tile = tiles[group.x];
+  const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, group.x, lane);
   const uint first_column = group.y * Tile::COLUMNS;
-  if (tile.rows == 0 || first_column >= args.intermediate)
+  if (tile.count == 0 || first_column >= args.intermediate)
     return;
 
   QuantizedStager<T, MATRICES, Tile::COLUMNS, Tile::K_TILE, typename Tile::Layout> weights;
@@ -157,13 +160,13 @@ gate_up_quantized_gemm(device const T* x [[buffer(0)]], device const uchar* gate
   weights.columns = args.intermediate;
   weights.thread_index = simdgroup * SIMD_WIDTH + lane;
 
-  const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k, args.x_row_stride};
+  const GatheredRows<T, ROW_TILE> rows{x, sorted_rows + tile.first, args.top_k, args.x_row_stride, tile};
   Tile product;
-  product.multiply_decoded(rows, tile.rows, weights, args.hidden, memory, simdgroup, lane);
+  product.multiply_decoded(rows, tile.count, weights, args.hidden, memory, simdgroup, lane);
 
   device const T* b = args.has_bias ? bias + ulong(tile.expert) * MATRICES * args.intermediate : nullptr;
-  const GateUpStore<T, GATED> store{
-      h + ulong(tile.first_row) * args.h_row_stride, b, tile.rows, first_column, args.intermediate, args};
+  const GateUpStore<T, GATED, GatheredRows<T, ROW_TILE>> store{
+      rows, h + ulong(tile.first) * args.h_row_stride, b, tile.count, first_column, args.intermediate, args};
   product.for_each_pair(store, memory, simdgroup, lane);
 }
 
