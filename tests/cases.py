@@ -46,6 +46,17 @@ def default_family(tokens: int, engine: str | None = None) -> str:
     return "moe_base" if tokens <= 32 else "moe_large_batch"
 
 
+# Up to so many assignments (token, slot), in row tiles of so many rows, `group` does not run on a GPU.
+FEW_ASSIGNMENTS, FEW_ROWS = 32, 16
+
+
+def dispatches(engine: str, family: str, assignments: int, row_tile: int) -> int:
+    """Dispatches of `fused_experts`: gate_up and down, in grouped families combine, and group where it runs."""
+    if family.startswith("moe_decode"):
+        return 2
+    return 3 if engine != "native" and assignments <= FEW_ASSIGNMENTS and row_tile <= FEW_ROWS else 4
+
+
 @dataclass
 class Layer:
     """Arguments of one `fused_experts` call."""

@@ -77,8 +77,8 @@ def run_linear(dtype: torch.dtype) -> None:
 def main() -> int:
     for family in FAMILIES:
         shapes = [(72, 40)] if family == "moe_simd" else [(72, 40), (67, 35)]
-        # Rows per expert decide the row tile: 8 to 128 where a family has them.
-        tokens = {"moe_decode": [2], "moe_prefill4": [9], "moe_base": [9]}.get(family, [9, 20, 30, 70, 150])
+        # Rows per expert decide the row tile: 8 to 128 where a family has them; 9 tokens find theirs in the ids.
+        tokens = {"moe_decode": [2], "moe_prefill4": [9, 17], "moe_base": [9, 17]}.get(family, [9, 20, 30, 70, 150])
         for dtype, acc in PRECISIONS:
             for hidden, intermediate in shapes:
                 for count in tokens:

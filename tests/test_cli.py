@@ -6,7 +6,7 @@ import sys
 
 import metal_moe
 import pytest
-from cases import COMMITS
+from cases import COMMITS, dispatches
 from metal_moe import cli
 from metal_moe._validate import choices
 from metal_moe.cli import demo, repro
@@ -67,12 +67,14 @@ def test_demo(capsys):
     result = run_json(capsys, *arguments)
     assert result["passed"] is True
     assert result["layer"]["experts"] == 64 and result["layer"]["scoring"] == "sigmoid"
-    rows = result["results"]
+    rows, engine = result["results"], result["device"]["engine"]
+    slots = result["layer"]["top_k"] + result["layer"]["shared_experts"]
     assert [(row["dtype"], row["tokens"]) for row in rows] == [(d, t) for d in ("bf16", "fp16") for t in (1, 4, 40)]
     for row in rows:
         assert row["family"].startswith("moe_decode" if row["tokens"] == 1 else "moe_")
-        assert row["dispatches"] == len(row["kernels"]) == (3 if row["tokens"] == 1 else 5)
-        assert row["commits"] == COMMITS.get(result["device"]["engine"], 1)
+        after_route = dispatches(engine, row["family"], row["tokens"] * slots, row["row_tile"])
+        assert row["dispatches"] == len(row["kernels"]) == 1 + after_route
+        assert row["commits"] == COMMITS.get(engine, 1)
         assert row["relative_error"] <= result["tolerances"][row["dtype"]]
         assert row["seconds"] > 0 and row["bytes"] > 0
         assert row["bandwidth_fraction"] == pytest.approx(row["bytes"] / row["seconds"] / 10e9)

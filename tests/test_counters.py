@@ -9,7 +9,7 @@ import cases
 import metal_moe
 import pytest
 import torch
-from cases import COMMITS, ENGINES, make_layer
+from cases import COMMITS, ENGINES, dispatches, make_layer
 from metal_moe import QuantizedExperts
 
 # Waits for a command buffer, by an operation: CPU tensors are ready when a call returns, PyTorch's streams go on.
@@ -72,15 +72,17 @@ def test_decode_is_two_dispatches_one_commit_no_copy(use_engine, counted, engine
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_grouped_layer(use_engine, counted, engine):
+@pytest.mark.parametrize("tokens", [9, 20])
+def test_grouped_layer(use_engine, counted, engine, tokens):
     use_engine(engine)
-    layer = make_layer(9, 64, 48, 8, 2, torch.bfloat16)
+    layer = make_layer(tokens, 64, 48, 8, 2, torch.bfloat16)
     layer.run()
     counted()
     for _ in range(3):
         layer.run()
-    # offsets, sorted rows, inverse, tiles, h and y of each
-    assert nonzero(counted()) == expected(engine, dispatches=12, scratch=18, operations=3)
+    each = dispatches(engine, "moe_prefill4", 2 * tokens, row_tile=4)
+    scratch = 6 if each == 4 else 2  # h and y; where `group` runs offsets, sorted rows, inverse and tiles too
+    assert nonzero(counted()) == expected(engine, dispatches=3 * each, scratch=3 * scratch, operations=3)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -103,6 +103,7 @@ struct Encoding {
 
   void decode();
   void grouped();
+  GroupTables group();
 
   /// Bind from index 1 on; the first index that is free.
   uint32_t gate_up_weights();
@@ -195,7 +196,7 @@ void Encoding::decode() {
                   plan.down_weight_bytes + activation_bytes());
 }
 
-void Encoding::grouped() {
+GroupTables Encoding::group() {
   const LayerShape& shape = plan.shape;
   GroupTables tables;
   tables.offsets = stream.scratch((size_t(shape.experts) + shape.shared + 1) * sizeof(uint32_t));
@@ -204,6 +205,14 @@ void Encoding::grouped() {
   tables.tiles = stream.scratch(size_t(plan.tiles) * sizeof(RowTile));
   tables.max_tiles = plan.tiles;
   encode_group(stream, engine, ids, shape.tokens, shape.top_k, shape.experts, shape.shared, plan.row_tile, tables);
+  return tables;
+}
+
+void Encoding::grouped() {
+  const LayerShape& shape = plan.shape;
+  args.tiles_from_ids = plan.tiles_from_ids;
+  const GroupTables tables = plan.tiles_from_ids ? GroupTables{} : group();
+  const auto or_ids = [&](const BufferView& view) { return view ? view : ids.view; };
 
   const bool gemv = plan.family == Family::Prefill4;
   const uint32_t wanted_simdgroups = gemv ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS;
@@ -213,8 +222,9 @@ void Encoding::grouped() {
   stream.use(gate_up);
   stream.bind(0, x.view());
   uint32_t index = gate_up_weights();
-  stream.bind(index++, tables.sorted_rows);
-  stream.bind(index++, tables.tiles);
+  stream.bind(index++, ids.view);
+  stream.bind(index++, or_ids(tables.sorted_rows));
+  stream.bind(index++, or_ids(tables.tiles));
   stream.bind(index++, h);
   stream.bind_value(index, args);
   if (plan.threadgroup_bytes)
@@ -231,7 +241,8 @@ void Encoding::grouped() {
   stream.use(down);
   stream.bind(0, h);
   index = down_weights();
-  stream.bind(index++, tables.tiles);
+  stream.bind(index++, ids.view);
+  stream.bind(index++, or_ids(tables.tiles));
   stream.bind(index++, y);
   stream.bind_value(index, args);
   if (plan.threadgroup_bytes)
@@ -243,8 +254,13 @@ void Encoding::grouped() {
   CombineArgs combine{};
   combine.tokens = shape.tokens;
   combine.hidden = shape.hidden;
+  combine.experts = shape.experts;
   combine.top_k = shape.top_k;
   combine.shared = shape.shared;
+  combine.rows_by_assignment = plan.tiles_from_ids;
+  combine.ids_token_stride = ids.token_stride;
+  combine.ids_slot_stride = ids.slot_stride;
+  combine.id_words = ids.type;
   combine.weights_token_stride = weights.token_stride;
   combine.weights_slot_stride = weights.slot_stride;
   combine.weights_type = weights.type;
@@ -258,11 +274,12 @@ void Encoding::grouped() {
   const uint32_t combine_threads = simdgroups(COMBINE_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width;
   stream.use(pipeline);
   stream.bind(0, y);
-  stream.bind(1, tables.inverse);
-  stream.bind(2, weights.view);
-  stream.bind(3, shared_weights.view);
-  stream.bind(4, out.view());
-  stream.bind_value(5, combine);
+  stream.bind(1, or_ids(tables.inverse));
+  stream.bind(2, ids.view);
+  stream.bind(3, weights.view);
+  stream.bind(4, shared_weights.view);
+  stream.bind(5, out.view());
+  stream.bind_value(6, combine);
   // A one-thread simdgroup takes a whole row: splitting it would only split a loop that the compiler vectorises.
   const uint32_t column_blocks =
       pipeline.simd_width == 1 ? 1 : ceil_div(shape.hidden, combine_threads * COMBINE_COLUMNS);
@@ -313,7 +330,7 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
   const Tuning& tuning = engine.tuning(tuned_layer(shape));
   const Family family =
-      layer.family ? parse_family(*layer.family, fp32_accumulation) : select_family(tuning, shape.tokens);
+      layer.family ? parse_family(*layer.family, fp32_accumulation) : select_family(tuning, shape.tokens, uint64_t(shape.tokens) * shape.top_k);
   ExpertsPacking packing{};
   if (shape.tokens == 0)
     return packing;

@@ -1,4 +1,5 @@
-// Encodes the experts of a layer: group, gate_up, down and combine, or gate_up and down for decode.
+// Encodes the experts of a layer: group, gate_up, down and combine (no group for few assignments), or gate_up and down
+// for decode.
 #pragma once
 
 #include "engine.h"

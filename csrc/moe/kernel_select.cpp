@@ -36,9 +36,11 @@ Selection select_quantized(Family family, bool fp32, std::optional<int64_t> gate
 
 } // namespace
 
-Family select_family(const Tuning& tuning, uint32_t tokens) {
+Family select_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments) {
   if (tokens <= tuning.decode_tokens)
     return Family::Decode;
+  if (assignments <= tuning.base_assignments)
+    return Family::Base;
   if (tokens <= tuning.prefill4_tokens)
     return Family::Prefill4;
   if (tokens <= tuning.base_tokens)
@@ -65,7 +67,7 @@ Selection select_moe_kernel(int64_t batch_size, bool use_fp32_acc, std::optional
   check_bits("up_bits", up_bits);
   check_bits("down_bits", down_bits);
   const auto tokens = static_cast<uint32_t>(std::min<int64_t>(batch_size, UINT32_MAX));
-  const Family family = select_family(tuning, tokens);
+  const Family family = select_family(tuning, tokens, UINT64_MAX);
   if (is_quantized(gate_bits) || is_quantized(up_bits) || is_quantized(down_bits))
     return select_quantized(family, use_fp32_acc, gate_bits, up_bits, down_bits);
   return {family_name(family, use_fp32_acc), VARIANTS[select_variant(tuning, family, 0, 1)].tile_n};

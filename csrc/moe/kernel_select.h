@@ -27,7 +27,7 @@ TunedLayer layer_of_bits(std::optional<int64_t> gate_bits, std::optional<int64_t
                          std::optional<int64_t> down_bits);
 
 /// Family for `tokens` tokens.
-Family select_family(const Tuning& tuning, uint32_t tokens);
+Family select_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments);
 
 /// Family that a user asked for by name: "moe_base", "base", either with "_fp32acc". std::invalid_argument listing the
 /// names where there is none, or where the suffix asks for another accumulation than `fp32_accumulation`.

@@ -68,6 +68,8 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
 
   plan.slots = shape.top_k + shape.shared;
   plan.rows = size_argument("tokens * (top_k + shared experts)", static_cast<int64_t>(rows));
+  plan.tiles_from_ids =
+      plan.grouped && plan.rows <= tuning.tiles_from_ids_assignments && plan.row_tile <= TILES_FROM_IDS_ROWS;
   plan.tiles = plan.grouped ? max_row_tiles(plan.rows, plan.row_tile, shape.experts + shape.shared) : 0;
 
   const uint32_t widest = std::max(shape.intermediate, shape.shared_intermediate);

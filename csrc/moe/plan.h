@@ -35,7 +35,8 @@ struct ExpertsPlan {
   const Variant* variant;
   uint32_t row_tile;
   bool fp32_accumulation;
-  bool grouped; // rows in expert order: group and combine run too
+  bool grouped;        // rows of an expert together: combine runs too
+  bool tiles_from_ids; // grouped: threadgroups find their row tiles in the ids; else group runs first
 
   KernelIndex gate_up;
   KernelIndex down;

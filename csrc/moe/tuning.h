@@ -19,8 +19,14 @@ struct Tuning {
   uint32_t decode_tokens = 1;
   uint32_t prefill4_tokens = 16;
   uint32_t base_tokens = 32;
+  /// From two tokens on, layers of at most as many assignments (tokens * top_k) are base whatever the tokens: so few
+  /// tiles that smaller ones, of which there are more, fill the cores evenly.
+  uint32_t base_assignments = 0;
   /// Rows of a prefill4 tile.
   uint32_t prefill4_row_tile = PREFILL4_ROW_TILE;
+  /// Grouped families find their row tiles in the ids, without `group`, up to so many assignments; 0: never. A lane
+  /// each is what the kernels can do. Every GPU's simdgroup is wide enough.
+  uint32_t tiles_from_ids_assignments = TILES_FROM_IDS_ASSIGNMENTS;
   /// large_batch and simd take the smallest row tile of at least this many times the mean rows per expert: below 1
   /// weights are read more than once, above it rows are multiplied that do not exist.
   float row_tile_per_mean_rows = 1.0f;

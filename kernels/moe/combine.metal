@@ -1,15 +1,17 @@
 // combine: every token's output is the weighted sum of the rows that its experts computed.
 //
-//   out[t, :] = sum over slots s = 0, 1, ... of weight(t, s) * rows[inverse[t * slots + s], :]
+//   out[t, :] = sum over slots s = 0, 1, ... of weight(t, s) * rows[place(t * slots + s), :]
 //
-// in fp32 and in slot order, whatever order the rows were computed in, rounded once. A slot whose assignment was
-// dropped (GROUP_NONE) adds nothing. slots = top_k + shared; shared experts come last, with weight 1 unless given.
+// in fp32 and in slot order, whatever order the rows were computed in, rounded once. place(a) = inverse[a], or a itself
+// where rows are in order of assignments. A slot whose assignment was dropped (GROUP_NONE there, an id of no expert
+// here) adds nothing. slots = top_k + shared; shared experts come last, with weight 1 unless given.
 //
 // Layouts: see combine.h. A threadgroup takes one token and a block of columns, a thread COMBINE_COLUMNS consecutive
 // ones of them. A one-thread threadgroup takes the row in pieces of COLUMNS. SLOTS_AT_A_TIME rows are read together:
 // their places first, then the rows, so that a token waits for memory twice, not twice per slot.
 //
 // Bytes per token: 4 * slots * H read, sizeof(T) * H written.
+#include "assignment.h"
 #include "combine.h"
 #include "group.h"
 
@@ -70,13 +72,18 @@ inline void add_columns(thread float (&sum)[COLUMNS], device const float* const 
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(THREADS)]]
 void combine(device const float* rows [[buffer(0)]], device const uint* inverse [[buffer(1)]],
-             device const uchar* topk_weights [[buffer(2)]], device const uchar* shared_weights [[buffer(3)]],
-             device T* out [[buffer(4)]], constant CombineArgs& args [[buffer(5)]],
-             uint2 threadgroup_position [[threadgroup_position_in_grid]], uint2 threadgroups [[threadgroups_per_grid]],
-             uint thread_index [[thread_index_in_threadgroup]]) {
+             device const int* ids [[buffer(2)]], device const uchar* topk_weights [[buffer(3)]],
+             device const uchar* shared_weights [[buffer(4)]], device T* out [[buffer(5)]],
+             constant CombineArgs& args [[buffer(6)]], uint2 threadgroup_position [[threadgroup_position_in_grid]],
+             uint2 threadgroups [[threadgroups_per_grid]], uint thread_index [[thread_index_in_threadgroup]],
+             uint lane [[thread_index_in_simdgroup]]) {
   const uint token = threadgroup_position.y;
   const uint slots = args.top_k + args.shared;
   device const uint* places = inverse + ulong(token) * slots;
+  // In order of assignments, of which each has a lane: the slots that name an expert, as bits.
+  uint present = 0;
+  if (args.rows_by_assignment)
+    present = uint(lanes_where(lane < slots && slot_expert(ids, args, token, lane) != NO_EXPERT));
   device T* out_row = out + ulong(token) * args.out_row_stride;
 
   for (uint first = (threadgroup_position.x * THREADS + thread_index) * COLUMNS; first < args.hidden;
@@ -89,7 +96,18 @@ void combine(device const float* rows [[buffer(0)]], device const uint* inverse 
       uint place[SLOTS_AT_A_TIME];
       UNROLL
       for (uint i = 0; i < SLOTS_AT_A_TIME; ++i)
-        place[i] = slot + i < slots ? places[slot + i] : GROUP_NONE;
+        place[i] = GROUP_NONE;
+      if (args.rows_by_assignment) {
+        UNROLL
+        for (uint i = 0; i < SLOTS_AT_A_TIME; ++i)
+          if (slot + i < slots && (present >> (slot + i) & 1) != 0)
+            place[i] = token * slots + slot + i;
+      } else {
+        UNROLL
+        for (uint i = 0; i < SLOTS_AT_A_TIME; ++i)
+          if (slot + i < slots)
+            place[i] = places[slot + i];
+      }
       device const float* row[SLOTS_AT_A_TIME];
       float weight[SLOTS_AT_A_TIME];
       bool all = true;

@@ -17,23 +17,24 @@ inline float down_weight(device const uchar* weights, device const uchar* shared
 }
 
 /// Where a row tile's sums go: biased, to y.
-template <typename T>
+template <typename T, typename Source>
 struct DownStore {
+  Source rows;
   device float* y;      // of the tile's first row
   device const T* bias; // of the expert, or null
-  uint rows;
+  uint count;           // rows of the tile
   uint first_column;
   uint columns;
   uint stride;
 
   void operator()(uint row, uint column, thread const float (&sums)[1][2]) thread const {
     const uint n = first_column + column;
-    if (row >= rows || n >= columns)
+    if (row >= count || n >= columns)
       return;
     float value[2];
     UNROLL
     for (uint i = 0; i < 2; ++i)
       value[i] = sums[0][i] + (bias && n + i < columns ? float(bias[n + i]) : 0.0f);
-    store_pair(y + ulong(row) * stride, n, columns, stride % 2 == 0, value[0], value[1]);
+    store_pair(y + ulong(rows.offset(row)) * stride, n, columns, stride % 2 == 0, value[0], value[1]);
   }
 };

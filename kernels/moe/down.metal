@@ -2,7 +2,7 @@
 // experts of a token.
 //
 //   h [S, I']        from gate_up                          w2 [E, H, I]
-//   y [S, H] fp32    grouped families, in expert order     out [T, H] decode, in h's dtype
+//   y [S, H] fp32    grouped families, rows as in h        out [T, H] decode, in h's dtype
 //
 // decode       A threadgroup computes DOWN_DECODE_COLUMNS columns of one token. The K of the token's slots, one after
 //              the other, is what its simdgroups divide evenly, whatever the number of slots and their K: each adds
@@ -56,9 +56,7 @@ inline void down_decode_pieces(device const T* h, device const T* w2, device con
     slot_first += divide_up(K, SIMDGROUP_ELEMENTS);
     if (begin >= end)
       continue;
-    const uint expert = routed ? load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride,
-                                         args.id_words, args.experts)
-                               : args.experts + slot - args.top_k;
+    const uint expert = slot_expert(ids, args, token, slot);
     if (expert == NO_EXPERT)
       continue;
     const float weight = down_weight(weights, shared_weights, args, token, slot);
@@ -131,11 +129,11 @@ down_decode(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], d
 }
 
 /// Columns column .. column + R - 1 of y, in prefill4.
-template <bool VECTORIZED, typename T, typename Acc>
+template <bool VECTORIZED, typename T, typename Acc, typename Source>
 struct DownBlock {
   static constexpr constant uint R = gemv_columns<GEMV_ROWS, 1>(DOWN_PREFILL4_COLUMNS);
-  SortedRows<T> rows;
-  device float* y;      // of row 0
+  Source rows;
+  device float* y;      // of the tile's first row
   device const T* bias; // of the expert, or null
   uint K;
   uint stride;
@@ -151,17 +149,16 @@ struct DownBlock {
     for (uint e = lane; e < R * C; e += SIMD_WIDTH) {
       const uint n = column + e / C;
       if (n < end)
-        y[ulong(first + e % C) * stride + n] = sums.at(e) + (bias ? float(bias[n]) : 0.0f);
+        y[ulong(rows.offset(first + e % C)) * stride + n] = sums.at(e) + (bias ? float(bias[n]) : 0.0f);
     }
   }
 };
 
-template <bool VECTORIZED, typename T, typename Acc>
-inline void down_prefill4_columns(device const T* h, device const T* w, device const T* bias, device float* y, uint K,
-                                  uint count, uint first_column, constant ExpertsArgs& args, uint simdgroup,
-                                  uint lane) {
-  using Block = DownBlock<VECTORIZED, T, Acc>;
-  const SortedRows<T> rows{h, args.h_row_stride};
+template <bool VECTORIZED, typename T, typename Acc, typename Source>
+inline void down_prefill4_columns(thread const Source& rows, uint count, device const T* w, device const T* bias,
+                                  device float* y, uint K, uint first_column, constant ExpertsArgs& args,
+                                  uint simdgroup, uint lane) {
+  using Block = DownBlock<VECTORIZED, T, Acc, Source>;
   const uint end = min(first_column + DOWN_PREFILL4_THREADGROUP_COLUMNS, args.hidden);
   for (uint column = first_column + simdgroup * Block::R; column < end; column += GEMV_LANE_SIMDGROUPS * Block::R) {
     const Block block{rows, y, bias, K, args.out_row_stride, column, end, lane};
@@ -174,35 +171,36 @@ template <typename T, typename Acc>
 [[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 down_prefill4(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]],
               device const T* shared_w2 [[buffer(2)]], device const T* bias [[buffer(3)]],
-              device const RowTile* tiles [[buffer(4)]], device float* y [[buffer(5)]],
-              constant ExpertsArgs& args [[buffer(6)]], uint3 group [[threadgroup_position_in_grid]],
-              uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const RowTile tile = tiles[group.x];
-  if (tile.rows == 0)
+              device const int* ids [[buffer(4)]], device const RowTile* tiles [[buffer(5)]],
+              device float* y [[buffer(6)]], constant ExpertsArgs& args [[buffer(7)]],
+              uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+              uint lane [[thread_index_in_simdgroup]]) {
+  const TileRows<PREFILL4_ROW_TILE> tile = tile_rows<PREFILL4_ROW_TILE>(ids, tiles, args, group.x, lane);
+  if (tile.count == 0)
     return;
   const bool routed = tile.expert < args.experts;
   const uint K = routed ? args.intermediate : args.shared_intermediate;
   device const T* w = expert_w2(w2, shared_w2, tile.expert, args);
   device const T* b = routed && args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
-  device const T* from = h + ulong(tile.first_row) * args.h_row_stride;
-  device float* to = y + ulong(tile.first_row) * args.out_row_stride;
+  const PlacedRows<T, PREFILL4_ROW_TILE> rows{h + ulong(tile.first) * args.h_row_stride, args.h_row_stride, tile};
+  device float* to = y + ulong(tile.first) * args.out_row_stride;
+  const uint first_column = group.y * DOWN_PREFILL4_THREADGROUP_COLUMNS;
   if (args.vectorized)
-    down_prefill4_columns<true, T, Acc>(from, w, b, to, K, tile.rows, group.y * DOWN_PREFILL4_THREADGROUP_COLUMNS, args,
-                                        simdgroup, lane);
+    down_prefill4_columns<true, T, Acc>(rows, tile.count, w, b, to, K, first_column, args, simdgroup, lane);
   else
-    down_prefill4_columns<false, T, Acc>(from, w, b, to, K, tile.rows, group.y * DOWN_PREFILL4_THREADGROUP_COLUMNS,
-                                         args, simdgroup, lane);
+    down_prefill4_columns<false, T, Acc>(rows, tile.count, w, b, to, K, first_column, args, simdgroup, lane);
 }
 
 template <typename T, typename Acc, uint ROW_TILE, uint TILE_N, bool STAGE_WEIGHTS>
 [[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 down_gemm(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], device const T* shared_w2 [[buffer(2)]],
-          device const T* bias [[buffer(3)]], device const RowTile* tiles [[buffer(4)]], device float* y [[buffer(5)]],
-          constant ExpertsArgs& args [[buffer(6)]], threadgroup uchar* memory [[threadgroup(0)]],
+          device const T* bias [[buffer(3)]], device const int* ids [[buffer(4)]],
+          device const RowTile* tiles [[buffer(5)]], device float* y [[buffer(6)]],
+          constant ExpertsArgs& args [[buffer(7)]], threadgroup uchar* memory [[threadgroup(0)]],
           uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
           uint lane [[thread_index_in_simdgroup]]) {
-  const RowTile tile = tiles[group.x];
-  if (tile.rows == 0)
+  const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, group.x, lane);
+  if (tile.count == 0)
     return;
   using Tile = GemmTile<T, Acc, 1, ROW_TILE, TILE_N, STAGE_WEIGHTS>;
   const uint first_column = group.y * Tile::COLUMNS;
@@ -215,13 +213,13 @@ down_gemm(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], dev
   weights.matrix_step = 0;
   weights.columns = args.hidden;
 
-  SortedRows<T> rows{h + ulong(tile.first_row) * args.h_row_stride, args.h_row_stride};
+  const PlacedRows<T, ROW_TILE> rows{h + ulong(tile.first) * args.h_row_stride, args.h_row_stride, tile};
   Tile product;
-  product.multiply(rows, tile.rows, weights, first_column, K, args.vectorized, memory, simdgroup, lane);
+  product.multiply(rows, tile.count, weights, first_column, K, args.vectorized, memory, simdgroup, lane);
 
   device const T* b = routed && args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
-  const DownStore<T> store{
-      y + ulong(tile.first_row) * args.out_row_stride, b, tile.rows, first_column, args.hidden, args.out_row_stride};
+  const DownStore<T, PlacedRows<T, ROW_TILE>> store{
+      rows, y + ulong(tile.first) * args.out_row_stride, b, tile.count, first_column, args.hidden, args.out_row_stride};
   product.for_each_pair(store, memory, simdgroup, lane);
 }
 

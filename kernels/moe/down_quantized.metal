@@ -94,11 +94,11 @@ down_quantized_decode(device const T* h [[buffer(0)]], device const uchar* codes
 }
 
 /// Columns column .. column + R - 1 of y, in prefill4.
-template <typename T>
+template <typename T, typename Source>
 struct DownQuantizedBlock {
   static constexpr constant uint R = gemv_columns<GEMV_ROWS, 1>(QUANTIZED_COLUMNS);
-  SortedRows<T> rows;
-  device float* y;      // of row 0
+  Source rows;
+  device float* y;      // of the tile's first row
   device const T* bias; // of the expert, or null
   uint count;           // rows
   uint K;
@@ -116,7 +116,7 @@ struct DownQuantizedBlock {
     for (uint e = lane; e < R * C; e += SIMD_WIDTH) {
       const uint n = column + e / C;
       if (n < end && first + e % C < count)
-        y[ulong(first + e % C) * args.out_row_stride + n] = sums.at(e) + (bias ? float(bias[n]) : 0.0f);
+        y[ulong(rows.offset(first + e % C)) * args.out_row_stride + n] = sums.at(e) + (bias ? float(bias[n]) : 0.0f);
     }
   }
 };
@@ -127,26 +127,27 @@ template <typename T>
     device const uchar* biases [[buffer(3)]], device const ExpertMatrix* table [[buffer(4)]],
     device const uchar* shared_codes [[buffer(5)]], device const uchar* shared_scales [[buffer(6)]],
     device const uchar* shared_biases [[buffer(7)]], device const ExpertMatrix* shared_table [[buffer(8)]],
-    device const T* bias [[buffer(9)]], device const RowTile* tiles [[buffer(10)]], device float* y [[buffer(11)]],
-    constant ExpertsArgs& args [[buffer(12)]], uint3 group [[threadgroup_position_in_grid]],
+    device const T* bias [[buffer(9)]], device const int* ids [[buffer(10)]], device const RowTile* tiles [[buffer(11)]], device float* y [[buffer(12)]],
+    constant ExpertsArgs& args [[buffer(13)]], uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const RowTile tile = tiles[group.x];
-  if (tile.rows == 0)
+  const TileRows<PREFILL4_ROW_TILE> tile = tile_rows<PREFILL4_ROW_TILE>(ids, tiles, args, group.x, lane);
+  if (tile.count == 0)
     return;
-  using Block = DownQuantizedBlock<T>;
+  using Source = PlacedRows<T, PREFILL4_ROW_TILE>;
+  using Block = DownQuantizedBlock<T, Source>;
   const bool is_routed = tile.expert < args.experts;
   const ExpertPart routed{codes, scales, biases, table},
       shared{shared_codes, shared_scales, shared_biases, shared_table};
   const QuantizedMatrix matrix = expert_matrix(routed, shared, tile.expert, args.experts, FIRST_MATRIX);
   const uint K = is_routed ? args.intermediate : args.shared_intermediate;
-  const SortedRows<T> rows{h + ulong(tile.first_row) * args.h_row_stride, args.h_row_stride};
+  const Source rows{h + ulong(tile.first) * args.h_row_stride, args.h_row_stride, tile};
   device const T* b = is_routed && args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
-  device float* to = y + ulong(tile.first_row) * args.out_row_stride;
+  device float* to = y + ulong(tile.first) * args.out_row_stride;
   const uint first_column = group.y * QUANTIZED_THREADGROUP_COLUMNS;
   const uint end = min(first_column + QUANTIZED_THREADGROUP_COLUMNS, args.hidden);
-  const Block block{rows, to, b, tile.rows, K, end, lane, matrix, args};
+  const Block block{rows, to, b, tile.count, K, end, lane, matrix, args};
   for (uint column = first_column + simdgroup * Block::R; column < end; column += GEMV_LANE_SIMDGROUPS * Block::R)
-    for_quantized_row_runs<GEMV_ROWS>(block, column, tile.rows);
+    for_quantized_row_runs<GEMV_ROWS>(block, column, tile.count);
 }
 
 template <typename T, uint ROW_TILE, uint TILE_N>
@@ -155,13 +156,13 @@ down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [
                     device const uchar* scales [[buffer(2)]], device const uchar* biases [[buffer(3)]],
                     device const ExpertMatrix* table [[buffer(4)]], device const uchar* shared_codes [[buffer(5)]],
                     device const uchar* shared_scales [[buffer(6)]], device const uchar* shared_biases [[buffer(7)]],
-                    device const ExpertMatrix* shared_table [[buffer(8)]], device const T* bias [[buffer(9)]],
-                    device const RowTile* tiles [[buffer(10)]], device float* y [[buffer(11)]],
-                    constant ExpertsArgs& args [[buffer(12)]], threadgroup uchar* memory [[threadgroup(0)]],
+                    device const ExpertMatrix* shared_table [[buffer(8)]], device const T* bias [[buffer(9)]], device const int* ids [[buffer(10)]],
+                    device const RowTile* tiles [[buffer(11)]], device float* y [[buffer(12)]],
+                    constant ExpertsArgs& args [[buffer(13)]], threadgroup uchar* memory [[threadgroup(0)]],
                     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                     uint lane [[thread_index_in_simdgroup]]) {
-  const RowTile tile = tiles[group.x];
-  if (tile.rows == 0)
+  const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, group.x, lane);
+  if (tile.count == 0)
     return;
   using Tile = GemmTile<T, float, 1, ROW_TILE, TILE_N, true>;
   const uint first_column = group.y * Tile::COLUMNS;
@@ -175,14 +176,14 @@ down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [
   weights.columns = args.hidden;
   weights.thread_index = simdgroup * SIMD_WIDTH + lane;
 
-  const SortedRows<T> rows{h + ulong(tile.first_row) * args.h_row_stride, args.h_row_stride};
+  const PlacedRows<T, ROW_TILE> rows{h + ulong(tile.first) * args.h_row_stride, args.h_row_stride, tile};
   Tile product;
   const uint K = is_routed ? args.intermediate : args.shared_intermediate;
-  product.multiply_decoded(rows, tile.rows, weights, K, memory, simdgroup, lane);
+  product.multiply_decoded(rows, tile.count, weights, K, memory, simdgroup, lane);
 
   device const T* b = is_routed && args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
-  const DownStore<T> store{
-      y + ulong(tile.first_row) * args.out_row_stride, b, tile.rows, first_column, args.hidden, args.out_row_stride};
+  const DownStore<T, PlacedRows<T, ROW_TILE>> store{
+      rows, y + ulong(tile.first) * args.out_row_stride, b, tile.count, first_column, args.hidden, args.out_row_stride};
   product.for_each_pair(store, memory, simdgroup, lane);
 }
 

@@ -42,6 +42,11 @@ SHARED_CONSTANT uint LARGE_BATCH_TILE_N = 128;
 SHARED_CONSTANT uint SIMD_TILE_N = 64;
 SHARED_CONSTANT uint GEMM_SIMDGROUPS = 4;
 
+/// Up to as many assignments, a lane and a bit of a word each, need no table of row tiles: see tile_rows.h.
+SHARED_CONSTANT uint TILES_FROM_IDS_ASSIGNMENTS = 32; // 32: the simdgroups of all GPUs
+/// Kernels of larger row tiles do without that: they run where few experts have many rows.
+SHARED_CONSTANT uint TILES_FROM_IDS_ROWS = 16;
+
 /// Tiles of K in threadgroup memory at a time, at most: one that is multiplied, the others on their way.
 SHARED_CONSTANT uint GEMM_MAX_STAGES = 3;
 /// One 8x8 fp32 fragment of gate and of up per simdgroup, beside the stages.
@@ -88,7 +93,7 @@ struct ExpertsArgs {
   uint x_row_stride;     // elements between rows of hidden_states
   uint h_row_stride;     // elements between rows of the intermediate: max of both I, rounded up to 8
   uint out_row_stride;   // elements between rows of the output (decode) or of y (grouped: H)
-  uint ids_token_stride; // elements of the id type (decode only)
+  uint ids_token_stride; // elements of the id type; ids: decode, and with tiles_from_ids
   uint ids_slot_stride;
   uint id_words;             // 32-bit words of an id: 1 int32, 2 int64
   uint weights_token_stride; // routing weights (decode's down only), elements
@@ -103,7 +108,8 @@ struct ExpertsArgs {
   uint activation;  // Activation
   float alpha;
   float limit;
-  uint vectorized; // 1: every row read starts at a multiple of VECTOR_BYTES and K is a multiple of 8
+  uint vectorized;     // 1: every row read starts at a multiple of VECTOR_BYTES and K is a multiple of 8
+  uint tiles_from_ids; // grouped: 1: no sorted_rows and tiles; at most TILES_FROM_IDS_ASSIGNMENTS, see tile_rows.h
 };
 
 // Buffers.
@@ -111,16 +117,18 @@ struct ExpertsArgs {
 //                    Grid (ceil(max I / columns of a threadgroup), slots, T), slots = top_k + shared.
 //  down, decode    : 0 h, 1 w2, 2 shared_w2, 3 bias2, 4 ids, 5 topk_weights, 6 shared_weights, 7 out [T, H], 8
 //                    ExpertsArgs; threadgroup 0: DOWN_DECODE_MEMORY_BYTES. Grid (ceil(H / columns), T).
-//  gate_up, grouped: 0 x, 1 w1, 2 shared_w1, 3 bias1, 4 sorted_rows, 5 tiles, 6 h out (sorted order), 7 ExpertsArgs;
-//                    threadgroup 0: gemm_threadgroup_bytes. Grid (tiles, ceil(max I / columns of a threadgroup)).
-//  down, grouped   : 0 h, 1 w2, 2 shared_w2, 3 bias2, 4 tiles, 5 y out fp32 [S, H] (sorted order), 6 ExpertsArgs;
-//                    threadgroup 0. Grid (tiles, ceil(H / tile_n)).
+//  gate_up, grouped: 0 x, 1 w1, 2 shared_w1, 3 bias1, 4 ids, 5 sorted_rows, 6 tiles, 7 h out [S, h_row_stride], 8
+//                    ExpertsArgs; threadgroup 0: gemm_threadgroup_bytes. Grid (tiles, ceil(max I / columns of a
+//                    threadgroup)).
+//  down, grouped   : 0 h, 1 w2, 2 shared_w2, 3 bias2, 4 ids, 5 tiles, 6 y out fp32 [S, H], 7 ExpertsArgs; threadgroup
+//                    0. Grid (tiles, ceil(H / tile_n)).
+// Grouped, rows of h and y are in sorted order, with tiles_from_ids in order of assignments.
 // On quantised weights (kernels named `..._quantized_...`) the codes, scales, biases and table of a part stand in place
 // of each of w1 (gate, then up), shared_w1, w2 and shared_w2; without a gate the four of up are any others.
 //  gate_up, decode : 0 x, 1-4 gate, 5-8 up, 9-12 shared gate, 13-16 shared up, 17 bias1, 18 ids, 19 h, 20 ExpertsArgs.
 //  down, decode    : 0 h, 1-4 down, 5-8 shared down, 9 bias2, 10 ids, 11 topk_weights, 12 shared_weights, 13 out,
 //                    14 ExpertsArgs; threadgroup 0.
-//  gate_up, grouped: 0 x, 1-4 gate, 5-8 up, 9-12 shared gate, 13-16 shared up, 17 bias1, 18 sorted_rows, 19 tiles,
-//                    20 h, 21 ExpertsArgs; threadgroup 0.
-//  down, grouped   : 0 h, 1-4 down, 5-8 shared down, 9 bias2, 10 tiles, 11 y, 12 ExpertsArgs; threadgroup 0.
-// Buffers that a call has no use for (biases, shared experts and their weights) are bound to any other one.
+//  gate_up, grouped: 0 x, 1-4 gate, 5-8 up, 9-12 shared gate, 13-16 shared up, 17 bias1, 18 ids, 19 sorted_rows,
+//                    20 tiles, 21 h, 22 ExpertsArgs; threadgroup 0.
+//  down, grouped   : 0 h, 1-4 down, 5-8 shared down, 9 bias2, 10 ids, 11 tiles, 12 y, 13 ExpertsArgs; threadgroup 0.
+// Buffers that a call has no use for (biases, shared experts and their weights, ids or tables of tiles) are bound to any other one.

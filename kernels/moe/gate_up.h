@@ -7,19 +7,20 @@ inline uint gate_row(uint n, bool interleaved) { return interleaved ? 2 * n : n;
 inline uint up_row(uint n, uint intermediate, bool interleaved) { return interleaved ? 2 * n + 1 : intermediate + n; }
 
 /// Where a row tile's sums go: biased, activated, to h.
-template <typename T, bool GATED>
+template <typename T, bool GATED, typename Source>
 struct GateUpStore {
   static constexpr constant uint MATRICES = GATED ? 2 : 1;
+  Source rows;
   device T* h;          // of the tile's first row
   device const T* bias; // of the expert, or null
-  uint rows;
+  uint count;           // rows of the tile
   uint first_column;
   uint intermediate;
   constant ExpertsArgs& args;
 
   void operator()(uint row, uint column, thread const float (&sums)[MATRICES][2]) thread const {
     const uint n = first_column + column;
-    if (row >= rows || n >= intermediate)
+    if (row >= count || n >= intermediate)
       return;
     float value[2];
     UNROLL
@@ -33,6 +34,6 @@ struct GateUpStore {
       }
       value[i] = activate(args.activation, gate, up, args.alpha, args.limit);
     }
-    store_pair(h + ulong(row) * args.h_row_stride, n, intermediate, true, value[0], value[1]);
+    store_pair(h + ulong(rows.offset(row)) * args.h_row_stride, n, intermediate, true, value[0], value[1]);
   }
 };

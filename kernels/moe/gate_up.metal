@@ -6,11 +6,12 @@
 // decode       h rows are assignments (token, slot). A threadgroup computes GATE_UP_THREADGROUP_COLUMNS columns of one
 //              assignment, a simdgroup GATE_UP_COLUMNS of them, its lanes splitting K. Every assignment reads its
 //              expert: S * 2IH weights.
-// prefill4     h rows are in expert order. A threadgroup computes as many columns of one row tile, see gemv.h: up to
-//              4 rows share each weight in registers, all rows of the tile each weight read from memory.
+// prefill4     A threadgroup computes as many columns of one row tile, see gemv.h: up to 4 rows share each weight in
+//              registers, all rows of the tile each weight read from memory.
 // base, large_batch, simd
-//              h rows are in expert order; 8x8 simdgroup matrices, see gemm.h.
-// Grouped families read each selected expert once per row tile: once, where no expert has more rows than a tile.
+//              8x8 simdgroup matrices, see gemm.h.
+// In grouped families a threadgroup has a tile of rows of one expert, see tile_rows.h, also for where they stand in h.
+// They read each selected expert once per row tile: once, where no expert has more rows than a tile.
 #include "gate_up.h"
 #include "gemv.h"
 
@@ -31,7 +32,7 @@ struct GateUpBlock {
   static constexpr constant uint N = gemv_columns<MAX_ROWS, GATED ? 2 : 1>(GATE_UP_COLUMNS);
   static constexpr constant uint R = GATED ? 2 * N : N; // weight rows
   Source rows;
-  device T* h;          // of row 0
+  device T* h;          // of the tile's first row
   device const T* bias; // of the expert, or null
   uint intermediate;
   uint column;
@@ -68,7 +69,8 @@ struct GateUpBlock {
         if (GATED)
           up += float(bias[up_row(n, intermediate, args.interleaved)]);
       }
-      h[ulong(first + e % C) * args.h_row_stride + n] = T(activate(args.activation, gate, up, args.alpha, args.limit));
+      h[ulong(rows.offset(first + e % C)) * args.h_row_stride + n] =
+          T(activate(args.activation, gate, up, args.alpha, args.limit));
     }
   }
 };
@@ -100,15 +102,11 @@ gate_up_decode(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]]
                uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                uint lane [[thread_index_in_simdgroup]]) {
   const uint slot = group.y, token = group.z;
-  const uint slots = args.top_k + args.shared;
-  const uint expert = slot < args.top_k
-                          ? load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride,
-                                    args.id_words, args.experts)
-                          : args.experts + slot - args.top_k;
+  const uint expert = slot_expert(ids, args, token, slot);
   if (expert == NO_EXPERT)
     return; // dropped: `down` skips the row too
-  const SortedRows<T> rows{x + ulong(token) * args.x_row_stride, 0};
-  device T* to = h + (ulong(token) * slots + slot) * args.h_row_stride;
+  const OneRow<T> rows{x + ulong(token) * args.x_row_stride};
+  device T* to = h + (ulong(token) * (args.top_k + args.shared) + slot) * args.h_row_stride;
   if (args.vectorized)
     gate_up_gemv<true, 1, T, Acc, GATED>(rows, 1, w1, shared_w1, bias, expert, to,
                                          group.x * GATE_UP_THREADGROUP_COLUMNS, args, simdgroup, lane);
@@ -121,38 +119,39 @@ template <typename T, typename Acc, bool GATED>
 [[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 gate_up_prefill4(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]],
                  device const T* shared_w1 [[buffer(2)]], device const T* bias [[buffer(3)]],
-                 device const uint* sorted_rows [[buffer(4)]], device const RowTile* tiles [[buffer(5)]],
-                 device T* h [[buffer(6)]], constant ExpertsArgs& args [[buffer(7)]],
-                 uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-                 uint lane [[thread_index_in_simdgroup]]) {
-  const RowTile tile = tiles[group.x];
-  if (tile.rows == 0)
+                 device const int* ids [[buffer(4)]], device const uint* sorted_rows [[buffer(5)]],
+                 device const RowTile* tiles [[buffer(6)]], device T* h [[buffer(7)]],
+                 constant ExpertsArgs& args [[buffer(8)]], uint3 group [[threadgroup_position_in_grid]],
+                 uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const TileRows<PREFILL4_ROW_TILE> tile = tile_rows<PREFILL4_ROW_TILE>(ids, tiles, args, group.x, lane);
+  if (tile.count == 0)
     return;
-  const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k + args.shared, args.x_row_stride};
-  device T* to = h + ulong(tile.first_row) * args.h_row_stride;
+  const GatheredRows<T, PREFILL4_ROW_TILE> rows{x, sorted_rows + tile.first, args.top_k + args.shared,
+                                                args.x_row_stride, tile};
+  device T* to = h + ulong(tile.first) * args.h_row_stride;
   if (args.vectorized)
-    gate_up_gemv<true, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to,
+    gate_up_gemv<true, GEMV_ROWS, T, Acc, GATED>(rows, tile.count, w1, shared_w1, bias, tile.expert, to,
                                                  group.y * GATE_UP_THREADGROUP_COLUMNS, args, simdgroup, lane);
   else
-    gate_up_gemv<false, GEMV_ROWS, T, Acc, GATED>(rows, tile.rows, w1, shared_w1, bias, tile.expert, to,
+    gate_up_gemv<false, GEMV_ROWS, T, Acc, GATED>(rows, tile.count, w1, shared_w1, bias, tile.expert, to,
                                                   group.y * GATE_UP_THREADGROUP_COLUMNS, args, simdgroup, lane);
 }
 
 template <typename T, typename Acc, bool GATED, uint ROW_TILE, uint TILE_N, bool STAGE_WEIGHTS>
 [[kernel, max_total_threads_per_threadgroup(GEMM_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 gate_up_gemm(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]], device const T* shared_w1 [[buffer(2)]],
-             device const T* bias [[buffer(3)]], device const uint* sorted_rows [[buffer(4)]],
-             device const RowTile* tiles [[buffer(5)]], device T* h [[buffer(6)]],
-             constant ExpertsArgs& args [[buffer(7)]], threadgroup uchar* memory [[threadgroup(0)]],
-             uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-             uint lane [[thread_index_in_simdgroup]]) {
+             device const T* bias [[buffer(3)]], device const int* ids [[buffer(4)]],
+             device const uint* sorted_rows [[buffer(5)]], device const RowTile* tiles [[buffer(6)]],
+             device T* h [[buffer(7)]], constant ExpertsArgs& args [[buffer(8)]],
+             threadgroup uchar* memory [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint MATRICES = GATED ? 2 : 1;
   using Tile = GemmTile<T, Acc, MATRICES, ROW_TILE, TILE_N, STAGE_WEIGHTS>;
-  const RowTile tile = tiles[group.x];
+  const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, group.x, lane);
   const uint first_column = group.y * Tile::COLUMNS;
   const bool routed = tile.expert < args.experts;
   const uint intermediate = routed ? args.intermediate : args.shared_intermediate;
-  if (tile.rows == 0 || first_column >= intermediate)
+  if (tile.count == 0 || first_column >= intermediate)
     return;
 
   WeightRows<T> weights;
@@ -161,13 +160,13 @@ gate_up_gemm(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]], 
   weights.matrix_step = args.interleaved ? 1 : intermediate;
   weights.columns = intermediate;
 
-  GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k + args.shared, args.x_row_stride};
+  const GatheredRows<T, ROW_TILE> rows{x, sorted_rows + tile.first, args.top_k + args.shared, args.x_row_stride, tile};
   Tile product;
-  product.multiply(rows, tile.rows, weights, first_column, args.hidden, args.vectorized, memory, simdgroup, lane);
+  product.multiply(rows, tile.count, weights, first_column, args.hidden, args.vectorized, memory, simdgroup, lane);
 
   device const T* b = routed && args.has_bias ? bias + ulong(tile.expert) * MATRICES * args.intermediate : nullptr;
-  const GateUpStore<T, GATED> store{
-      h + ulong(tile.first_row) * args.h_row_stride, b, tile.rows, first_column, intermediate, args};
+  const GateUpStore<T, GATED, GatheredRows<T, ROW_TILE>> store{
+      rows, h + ulong(tile.first) * args.h_row_stride, b, tile.count, first_column, intermediate, args};
   product.for_each_pair(store, memory, simdgroup, lane);
 }
 

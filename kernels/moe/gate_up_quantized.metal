@@ -21,7 +21,7 @@ template <uint MAX_ROWS, typename T, bool GATED, typename Source>
 struct GateUpQuantizedBlock {
   static constexpr constant uint R = gemv_columns<MAX_ROWS, 1>(QUANTIZED_COLUMNS);
   Source rows;
-  device T* h;          // of row 0
+  device T* h;          // of the tile's first row
   device const T* bias; // of the expert, or null
   uint count;           // rows
   uint intermediate;    // columns of h
@@ -58,7 +58,7 @@ struct GateUpQuantizedBlock {
         if (GATED)
           up_sum += float(bias[up_row(n, intermediate, args.interleaved)]);
       }
-      h[ulong(first + e % C) * args.h_row_stride + n] =
+      h[ulong(rows.offset(first + e % C)) * args.h_row_stride + n] =
           T(activate(args.activation, gate_sum, up_sum, args.alpha, args.limit));
     }
   }
@@ -109,7 +109,7 @@ template <typename T, bool GATED>
                          {shared_gate_codes, shared_gate_scales, shared_gate_biases, shared_gate_table}};
   const GateUpParts up{{up_codes, up_scales, up_biases, up_table},
                        {shared_up_codes, shared_up_scales, shared_up_biases, shared_up_table}};
-  const SortedRows<T> rows{x + ulong(token) * args.x_row_stride, 0};
+  const OneRow<T> rows{x + ulong(token) * args.x_row_stride};
   device T* to = h + (ulong(token) * slots + slot) * args.h_row_stride;
   gate_up_quantized_gemv<1, T, GATED>(rows, 1, gate, up, bias, expert, to, group.x * QUANTIZED_THREADGROUP_COLUMNS,
                                       args, simdgroup, lane);
@@ -126,19 +126,20 @@ template <typename T, bool GATED>
     device const ExpertMatrix* shared_gate_table [[buffer(12)]], device const uchar* shared_up_codes [[buffer(13)]],
     device const uchar* shared_up_scales [[buffer(14)]], device const uchar* shared_up_biases [[buffer(15)]],
     device const ExpertMatrix* shared_up_table [[buffer(16)]], device const T* bias [[buffer(17)]],
-    device const uint* sorted_rows [[buffer(18)]], device const RowTile* tiles [[buffer(19)]],
-    device T* h [[buffer(20)]], constant ExpertsArgs& args [[buffer(21)]], uint3 group [[threadgroup_position_in_grid]],
+    device const int* ids [[buffer(18)]], device const uint* sorted_rows [[buffer(19)]], device const RowTile* tiles [[buffer(20)]],
+    device T* h [[buffer(21)]], constant ExpertsArgs& args [[buffer(22)]], uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const RowTile tile = tiles[group.x];
-  if (tile.rows == 0)
+  const TileRows<PREFILL4_ROW_TILE> tile = tile_rows<PREFILL4_ROW_TILE>(ids, tiles, args, group.x, lane);
+  if (tile.count == 0)
     return;
   const GateUpParts gate{{gate_codes, gate_scales, gate_biases, gate_table},
                          {shared_gate_codes, shared_gate_scales, shared_gate_biases, shared_gate_table}};
   const GateUpParts up{{up_codes, up_scales, up_biases, up_table},
                        {shared_up_codes, shared_up_scales, shared_up_biases, shared_up_table}};
-  const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k + args.shared, args.x_row_stride};
-  gate_up_quantized_gemv<GEMV_ROWS, T, GATED>(rows, tile.rows, gate, up, bias, tile.expert,
-                                              h + ulong(tile.first_row) * args.h_row_stride,
+  const GatheredRows<T, PREFILL4_ROW_TILE> rows{x, sorted_rows + tile.first, args.top_k + args.shared,
+                                                args.x_row_stride, tile};
+  gate_up_quantized_gemv<GEMV_ROWS, T, GATED>(rows, tile.count, gate, up, bias, tile.expert,
+                                              h + ulong(tile.first) * args.h_row_stride,
                                               group.y * QUANTIZED_THREADGROUP_COLUMNS, args, simdgroup, lane);
 }
 
@@ -153,17 +154,17 @@ template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
     device const ExpertMatrix* shared_gate_table [[buffer(12)]], device const uchar* shared_up_codes [[buffer(13)]],
     device const uchar* shared_up_scales [[buffer(14)]], device const uchar* shared_up_biases [[buffer(15)]],
     device const ExpertMatrix* shared_up_table [[buffer(16)]], device const T* bias [[buffer(17)]],
-    device const uint* sorted_rows [[buffer(18)]], device const RowTile* tiles [[buffer(19)]],
-    device T* h [[buffer(20)]], constant ExpertsArgs& args [[buffer(21)]], threadgroup uchar* memory [[threadgroup(0)]],
+    device const int* ids [[buffer(18)]], device const uint* sorted_rows [[buffer(19)]], device const RowTile* tiles [[buffer(20)]],
+    device T* h [[buffer(21)]], constant ExpertsArgs& args [[buffer(22)]], threadgroup uchar* memory [[threadgroup(0)]],
     uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint MATRICES = GATED ? 2 : 1;
   using Tile = GemmTile<T, float, MATRICES, ROW_TILE, TILE_N, true>;
-  const RowTile tile = tiles[group.x];
+  const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, group.x, lane);
   const uint first_column = group.y * Tile::COLUMNS;
   const bool is_routed = tile.expert < args.experts;
   const uint intermediate = is_routed ? args.intermediate : args.shared_intermediate;
-  if (tile.rows == 0 || first_column >= intermediate)
+  if (tile.count == 0 || first_column >= intermediate)
     return;
 
   QuantizedStager<T, MATRICES, Tile::COLUMNS, Tile::K_TILE, typename Tile::Layout> weights;
@@ -179,13 +180,14 @@ template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
   weights.columns = intermediate;
   weights.thread_index = simdgroup * SIMD_WIDTH + lane;
 
-  const GatheredRows<T> rows{x, sorted_rows + tile.first_row, args.top_k + args.shared, args.x_row_stride};
+  const GatheredRows<T, ROW_TILE> rows{x, sorted_rows + tile.first, args.top_k + args.shared, args.x_row_stride,
+                                       tile};
   Tile product;
-  product.multiply_decoded(rows, tile.rows, weights, args.hidden, memory, simdgroup, lane);
+  product.multiply_decoded(rows, tile.count, weights, args.hidden, memory, simdgroup, lane);
 
   device const T* b = is_routed && args.has_bias ? bias + ulong(tile.expert) * MATRICES * args.intermediate : nullptr;
-  const GateUpStore<T, GATED> store{
-      h + ulong(tile.first_row) * args.h_row_stride, b, tile.rows, first_column, intermediate, args};
+  const GateUpStore<T, GATED, GatheredRows<T, ROW_TILE>> store{
+      rows, h + ulong(tile.first) * args.h_row_stride, b, tile.count, first_column, intermediate, args};
   product.for_each_pair(store, memory, simdgroup, lane);
 }
 

@@ -16,7 +16,7 @@
 // 3 and 4 follow 2 together. With one-lane simdgroups this is the plain serial counting sort.
 //
 // Bytes: S ids read twice (4 or 8 bytes), 2 * 4 * S written, 16 per tile.
-#include "../tiles/scalar.h"
+#include "assignment.h"
 #include "group.h"
 
 constexpr constant uint MAX_THREADS = simdgroups(GROUP_MAX_SIMDGROUPS, SIMD_WIDTH) * SIMD_WIDTH;
@@ -48,23 +48,6 @@ struct RoutedSlots {
 inline uint routed_expert(device const int* ids, constant GroupArgs& args, thread const RoutedSlots& at) {
   const ulong index = ulong(at.token) * args.ids_token_stride + ulong(at.slot) * args.ids_slot_stride;
   return load_id(ids, index, args.id_words, args.experts);
-}
-
-inline ulong lanes_where(bool condition) { return ulong(simd_vote::vote_t(simd_ballot(condition))); }
-
-/// The lanes that hold the same expert as this one, as bits: one vote per bit of the expert. 0 where this lane has
-/// none.
-inline ulong lanes_of_expert(uint expert, uint experts) {
-  const bool present = expert != NO_EXPERT;
-  ulong lanes = lanes_where(present);
-  if (SIMD_WIDTH > 1) {
-    for (uint bit = 1; bit < experts; bit <<= 1) {
-      const bool set = (expert & bit) != 0;
-      const ulong with = lanes_where(set);
-      lanes &= set ? with : ~with;
-    }
-  }
-  return present ? lanes : 0;
 }
 
 [[kernel, max_total_threads_per_threadgroup(MAX_THREADS)]]
@@ -112,7 +95,7 @@ void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)
     const ulong same = lanes_of_expert(expert, experts);
     if (a == run_first)
       first_same = same;
-    const bool lowest = (same & ((1ul << lane) - 1)) == 0;
+    const bool lowest = (same & lanes_before(lane)) == 0;
     if (expert != NO_EXPERT && lowest)
       own[expert] += uint(popcount(same));
     simdgroup_barrier(mem_flags::mem_threadgroup); // the next step's lowest lane may be another one
@@ -196,7 +179,7 @@ void group(device const int* ids [[buffer(0)]], device uint* offsets [[buffer(1)
       expert = in_run ? routed_expert(ids, args, at) : NO_EXPERT;
       same = lanes_of_expert(expert, experts);
     }
-    const uint rank = uint(popcount(same & ((1ul << lane) - 1)));
+    const uint rank = uint(popcount(same & lanes_before(lane)));
     const uint first = expert != NO_EXPERT ? own[expert] : 0;
     simdgroup_barrier(mem_flags::mem_threadgroup); // every lane has read before one advances
     if (expert != NO_EXPERT && rank == 0)

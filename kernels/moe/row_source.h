@@ -1,23 +1,39 @@
-// Where the rows of a tile come from: row r of one expert, in expert order.
+// Where the rows of a tile come from, and where what is computed of them goes.
 #pragma once
-#include "../tiles/simd.h"
+#include "tile_rows.h"
 
-/// Rows of hidden states, through the sorted assignments of the tile.
-template <typename T>
+/// Rows of hidden states, through the assignments of the tile.
+template <typename T, uint ROW_TILE>
 struct GatheredRows {
   device const T* x;
-  device const uint* assignments;
+  device const uint* assignments; // of the tile's rows; not read with tiles_from_ids
   uint slots;
   uint stride;
+  TileRows<ROW_TILE> tile;
 
-  device const T* at(uint row) thread const { return x + ulong(assignments[row] / slots) * stride; }
+  device const T* at(uint row) thread const {
+    const uint assignment = tile.from_ids() ? tile.offset(row) : assignments[row];
+    return x + ulong(assignment / slots) * stride;
+  }
+  uint offset(uint row) thread const { return tile.offset(row); }
 };
 
-/// Rows that already stand in expert order.
-template <typename T>
-struct SortedRows {
+/// Rows of the intermediate.
+template <typename T, uint ROW_TILE>
+struct PlacedRows {
   device const T* first;
   uint stride;
+  TileRows<ROW_TILE> tile;
 
-  device const T* at(uint row) thread const { return first + ulong(row) * stride; }
+  device const T* at(uint row) thread const { return first + ulong(tile.offset(row)) * stride; }
+  uint offset(uint row) thread const { return tile.offset(row); }
+};
+
+/// One row.
+template <typename T>
+struct OneRow {
+  device const T* row;
+
+  device const T* at(uint) thread const { return row; }
+  uint offset(uint) thread const { return 0; }
 };

@@ -12,12 +12,7 @@ inline void copy_async(threadgroup T* to, device const T* from, bool inside) {
 #ifdef METAL_SIM_CUDA
   metal_sim::copy_async(to, from, inside);
 #else
-  if (inside) {
-    *reinterpret_cast<threadgroup uint4*>(to) = *reinterpret_cast<device const uint4*>(from);
-  } else {
-    for (uint i = 0; i < Vector16<T>::COUNT; ++i)
-      to[i] = T(0.0f);
-  }
+  *reinterpret_cast<threadgroup uint4*>(to) = inside ? *reinterpret_cast<device const uint4*>(from) : uint4(0);
 #endif
 }
 

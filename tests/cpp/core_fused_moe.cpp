@@ -137,7 +137,10 @@ TEST_P(FusedMoe, EveryFamilyComputesTheLayer) {
   for (const char* family : {"moe_decode", "moe_prefill4", "moe_base", "moe_large_batch", "moe_simd"}) {
     EXPECT_LE(layer.error(layer.run_experts(on, family)), 1e-5) << family;
     EXPECT_EQ(last_dispatch().family, std::string(family) + "_fp32acc");
-    EXPECT_EQ(last_dispatch().dispatches, std::string(family) == "moe_decode" ? 2u : 4u);
+    // 15 assignments: a GPU's threadgroups find their row tiles in the ids.
+    EXPECT_EQ(last_dispatch().dispatches, std::string(family) == "moe_decode"   ? 2u
+                                          : std::string(GetParam()) == "native" ? 4u
+                                                                                : 3u);
     EXPECT_EQ(last_dispatch().commits, 1u);
     EXPECT_TRUE(last_dispatch().vectorized);
   }
@@ -192,6 +195,19 @@ TEST_P(FusedMoe, PackingServesEveryLayerOfItsShape) {
       EXPECT_EQ(last_dispatch().vectorized, round != 1);
     }
   }
+}
+
+TEST_P(FusedMoe, FewAssignmentsDoWithoutGroup) {
+  std::vector<std::string> kernels = {"route", "gate_up_prefill4_fp32acc_fp32", "down_prefill4_fp32acc_fp32",
+                                      "combine_fp32"};
+  if (std::string(GetParam()) == "native") // one lane, one assignment
+    kernels.insert(kernels.begin() + 1, "group");
+  const Layer most(8, 33, 17, 5, 3, 1); // 32 with those of the shared expert
+  EXPECT_LE(most.error(most.run_moe(on)), 1e-5);
+  EXPECT_EQ(kernels_run(), kernels);
+  const Layer more(11, 33, 17, 5, 3, 0);
+  EXPECT_LE(more.error(more.run_moe(on)), 1e-5);
+  EXPECT_EQ(kernels_run()[1], "group");
 }
 
 TEST_P(FusedMoe, NoTokensNoDispatch) {

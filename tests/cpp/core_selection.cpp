@@ -207,6 +207,22 @@ TEST(Plan, EveryVariantFitsTheThreadgroupMemoryOfEveryDevice) {
     }
 }
 
+TEST(Plan, RowTilesComeFromTheIdsWhereEachAssignmentHasALane) {
+  const auto from_ids = [](const Tuning& tuning, Family family, uint32_t tokens, uint32_t experts) {
+    LayerShape shape = glm(); // 5 assignments per token
+    shape.tokens = tokens;
+    shape.experts = experts;
+    return plan_experts(tuning, family, shape, true).tiles_from_ids;
+  };
+  for (Family family : {Family::Prefill4, Family::Base, Family::LargeBatch, Family::Simd}) {
+    EXPECT_TRUE(from_ids({}, family, 6, 64));
+    EXPECT_FALSE(from_ids({}, family, 7, 64));
+    EXPECT_FALSE(from_ids(tuning_for("native"), family, 6, 64));
+  }
+  EXPECT_FALSE(from_ids({}, Family::Decode, 6, 64));
+  EXPECT_FALSE(from_ids({}, Family::LargeBatch, 6, 1)) << "row tiles of 32";
+}
+
 TEST(Plan, RefusesMoreThanTheGroupingKernelTakes) {
   LayerShape shape = glm();
   shape.tokens = GROUP_MAX_ASSIGNMENTS / 5 + 1;
