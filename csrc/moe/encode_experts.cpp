@@ -329,8 +329,8 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
   const LayerShape shape = layer_shape(x, layer, top_k);
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
   const Tuning& tuning = engine.tuning(tuned_layer(shape));
-  const Family family =
-      layer.family ? parse_family(*layer.family, fp32_accumulation) : select_family(tuning, shape.tokens, uint64_t(shape.tokens) * shape.top_k);
+  const Family family = layer.family ? parse_family(*layer.family, fp32_accumulation)
+                                     : select_family(tuning, shape.tokens, uint64_t(shape.tokens) * shape.top_k);
   ExpertsPacking packing{};
   if (shape.tokens == 0)
     return packing;

@@ -127,7 +127,8 @@ template <typename T>
     device const uchar* biases [[buffer(3)]], device const ExpertMatrix* table [[buffer(4)]],
     device const uchar* shared_codes [[buffer(5)]], device const uchar* shared_scales [[buffer(6)]],
     device const uchar* shared_biases [[buffer(7)]], device const ExpertMatrix* shared_table [[buffer(8)]],
-    device const T* bias [[buffer(9)]], device const int* ids [[buffer(10)]], device const RowTile* tiles [[buffer(11)]], device float* y [[buffer(12)]],
+    device const T* bias [[buffer(9)]], device const int* ids [[buffer(10)]],
+    device const RowTile* tiles [[buffer(11)]], device float* y [[buffer(12)]],
     constant ExpertsArgs& args [[buffer(13)]], uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const TileRows<PREFILL4_ROW_TILE> tile = tile_rows<PREFILL4_ROW_TILE>(ids, tiles, args, group.x, lane);
@@ -156,11 +157,11 @@ down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [
                     device const uchar* scales [[buffer(2)]], device const uchar* biases [[buffer(3)]],
                     device const ExpertMatrix* table [[buffer(4)]], device const uchar* shared_codes [[buffer(5)]],
                     device const uchar* shared_scales [[buffer(6)]], device const uchar* shared_biases [[buffer(7)]],
-                    device const ExpertMatrix* shared_table [[buffer(8)]], device const T* bias [[buffer(9)]], device const int* ids [[buffer(10)]],
-                    device const RowTile* tiles [[buffer(11)]], device float* y [[buffer(12)]],
-                    constant ExpertsArgs& args [[buffer(13)]], threadgroup uchar* memory [[threadgroup(0)]],
-                    uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-                    uint lane [[thread_index_in_simdgroup]]) {
+                    device const ExpertMatrix* shared_table [[buffer(8)]], device const T* bias [[buffer(9)]],
+                    device const int* ids [[buffer(10)]], device const RowTile* tiles [[buffer(11)]],
+                    device float* y [[buffer(12)]], constant ExpertsArgs& args [[buffer(13)]],
+                    threadgroup uchar* memory [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+                    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, group.x, lane);
   if (tile.count == 0)
     return;

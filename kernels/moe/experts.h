@@ -131,4 +131,5 @@ struct ExpertsArgs {
 //  gate_up, grouped: 0 x, 1-4 gate, 5-8 up, 9-12 shared gate, 13-16 shared up, 17 bias1, 18 ids, 19 sorted_rows,
 //                    20 tiles, 21 h, 22 ExpertsArgs; threadgroup 0.
 //  down, grouped   : 0 h, 1-4 down, 5-8 shared down, 9 bias2, 10 ids, 11 tiles, 12 y, 13 ExpertsArgs; threadgroup 0.
-// Buffers that a call has no use for (biases, shared experts and their weights, ids or tables of tiles) are bound to any other one.
+// Buffers that a call has no use for (biases, shared experts and their weights, ids or tables of tiles) are bound to
+// any other one.

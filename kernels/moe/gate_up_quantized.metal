@@ -126,9 +126,10 @@ template <typename T, bool GATED>
     device const ExpertMatrix* shared_gate_table [[buffer(12)]], device const uchar* shared_up_codes [[buffer(13)]],
     device const uchar* shared_up_scales [[buffer(14)]], device const uchar* shared_up_biases [[buffer(15)]],
     device const ExpertMatrix* shared_up_table [[buffer(16)]], device const T* bias [[buffer(17)]],
-    device const int* ids [[buffer(18)]], device const uint* sorted_rows [[buffer(19)]], device const RowTile* tiles [[buffer(20)]],
-    device T* h [[buffer(21)]], constant ExpertsArgs& args [[buffer(22)]], uint3 group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+    device const int* ids [[buffer(18)]], device const uint* sorted_rows [[buffer(19)]],
+    device const RowTile* tiles [[buffer(20)]], device T* h [[buffer(21)]], constant ExpertsArgs& args [[buffer(22)]],
+    uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
   const TileRows<PREFILL4_ROW_TILE> tile = tile_rows<PREFILL4_ROW_TILE>(ids, tiles, args, group.x, lane);
   if (tile.count == 0)
     return;
@@ -154,10 +155,10 @@ template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
     device const ExpertMatrix* shared_gate_table [[buffer(12)]], device const uchar* shared_up_codes [[buffer(13)]],
     device const uchar* shared_up_scales [[buffer(14)]], device const uchar* shared_up_biases [[buffer(15)]],
     device const ExpertMatrix* shared_up_table [[buffer(16)]], device const T* bias [[buffer(17)]],
-    device const int* ids [[buffer(18)]], device const uint* sorted_rows [[buffer(19)]], device const RowTile* tiles [[buffer(20)]],
-    device T* h [[buffer(21)]], constant ExpertsArgs& args [[buffer(22)]], threadgroup uchar* memory [[threadgroup(0)]],
-    uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+    device const int* ids [[buffer(18)]], device const uint* sorted_rows [[buffer(19)]],
+    device const RowTile* tiles [[buffer(20)]], device T* h [[buffer(21)]], constant ExpertsArgs& args [[buffer(22)]],
+    threadgroup uchar* memory [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint MATRICES = GATED ? 2 : 1;
   using Tile = GemmTile<T, float, MATRICES, ROW_TILE, TILE_N, true>;
   const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, group.x, lane);
@@ -180,8 +181,7 @@ template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
   weights.columns = intermediate;
   weights.thread_index = simdgroup * SIMD_WIDTH + lane;
 
-  const GatheredRows<T, ROW_TILE> rows{x, sorted_rows + tile.first, args.top_k + args.shared, args.x_row_stride,
-                                       tile};
+  const GatheredRows<T, ROW_TILE> rows{x, sorted_rows + tile.first, args.top_k + args.shared, args.x_row_stride, tile};
   Tile product;
   product.multiply_decoded(rows, tile.count, weights, args.hidden, memory, simdgroup, lane);
 
