@@ -45,7 +45,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, nargs="+", help="default: glm and qwen3 on cpu, all on cuda")
     parser.add_argument("--tokens", type=int, nargs="+", help="default: 1 to 128 on cpu, 1 to 4096 on cuda")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--format", choices=FORMATS, help="of our weights (default: dense); affine: groups of 64")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="of our weights (default: dense); affine: groups of 64; trellis: random codes"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="factor on H and I (default: 1)")
     parser.add_argument("--kernel", help="force a family (default: the one selected for the device)")
     parser.add_argument("--rounds", type=int, default=2 * INPUTS, help="eager samples (default: %(default)s)")

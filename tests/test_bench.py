@@ -111,6 +111,20 @@ def test_quantised_weights_are_measured_with_the_generic_kernels_too(quick, caps
     assert any("error of metal_moe_generic is 1.0e+00; the limit is 0.015" in line for line in verdict.failures(result))
 
 
+@pytest.mark.parametrize(("name", "bits"), [("affine4", 4.5), ("trellis3", 3.08)])
+def test_quantised_weights(quick, tmp_path, device, name, bits):
+    """Our weights are of the format, checked against what they decode to; the floor has their bytes."""
+    path = tmp_path / "result.json"
+    arguments = ["--scale", "0.0625", "--model", "mixtral", "--tokens", "1", "--format", name, "--json", path]
+    assert run(device, *arguments) == 0
+    result = json.loads(path.read_text())
+    (row,) = result["results"]
+    hidden, intermediate = 256, 896
+    assert result["weights"] == name
+    weights = 3 * hidden * intermediate * row["experts_hit"]
+    assert row["bytes"] == pytest.approx(weights * bits / 8 + 4 * hidden, rel=0.02)
+
+
 @pytest.mark.parametrize("factor", [1.1, math.nan])
 def test_wrong_result_fails(quick, capsys, monkeypatch, tmp_path, device, factor):
     """A result that is not the layer's ends the run with status 1; what was measured is kept all the same."""

@@ -77,8 +77,8 @@ TRELLIS_6_2_3 = [_core.matrix_code(5, 2 * bits, 128, 2, 1, True) for bits in (6,
         ("gate_up_quantized_large_batch_fp32acc_m16_bf16", [affine(3), affine(5, 128)]),
         ("down_quantized_decode_fp32acc_fp16", [affine(8, 32)]),
         ("down_quantized_prefill4_fp32acc_bf16", [_core.matrix_code(2, 8, 32, 0, 3, True)]),  # mxfp4
-        ("trellis_product_m1", TRELLIS_6_2_3[:2]),
-        ("trellis_product_m1", TRELLIS_6_2_3[2:] * 2),
+        ("trellis_gate_up_decode", TRELLIS_6_2_3[:2]),
+        ("trellis_down_decode", TRELLIS_6_2_3[2:]),
         ("trellis_product_m4", [TRELLIS_6_2_3[0], 0]),  # up of any rate
     ],
 )

@@ -5,18 +5,21 @@ import metal_moe
 import pytest
 import torch
 from metal_moe.formats import QuantizedExperts
+from metal_moe.formats.part import Part
 from test_formats_trellis import exl3_linear
+from test_trellis_kernels import CODES
 
 E = 3
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_clamp")
-KERNELS = ["rotate_inputs", "trellis_product", "rotate_activations", "trellis_product", "rotate_outputs"]
+DECODE = ["trellis_gate_up_decode", "trellis_down_decode", "rotate_outputs"]
+GROUPED = ["group", "rotate_inputs", "trellis_product_m4", "rotate_activations", "trellis_product_m4", "rotate_outputs"]
 
 
-def experts(rows: int, columns: int, kinds: list[tuple[float, str]], seed: int) -> QuantizedExperts:
+def experts(rows: int, columns: int, kinds: list[tuple[float, str]], seed: int, count: int = E) -> QuantizedExperts:
     """Random codes with scales that keep a product's size near that of its input; sizes are rounded up in storage."""
     padded = [-(-size // 128) * 128 for size in (columns, rows)]
     linears = []
-    for index in range(E):
+    for index in range(count):
         bits, codebook = kinds[index % len(kinds)]
         linear = exl3_linear(*padded, bits, codebook, seed=seed + index)
         linear["svh"] = linear["svh"] / columns**0.5
@@ -39,9 +42,7 @@ def run(x, gate_up, down, weights, ids, activation="silu", bias1=None, bias2=Non
 
 def check(x, gate_up, down, weights, ids, activation="silu", bias1=None, bias2=None):
     got = run(x, gate_up, down, weights, ids, activation, bias1, bias2)
-    names = metal_moe.last_dispatch()["kernels"]
-    assert [name.replace("_m1", "").replace("_m4", "") for name in names if name != "group"] == KERNELS
-    assert ("group" in names) == (x.shape[0] > 1)
+    assert metal_moe.last_dispatch()["kernels"] == (DECODE if x.shape[0] == 1 else GROUPED)
     w1 = torch.cat([part.dequantize(torch.float64) for part in gate_up], 1)
     w2 = down.dequantize(torch.float64)
     expected = torch.zeros(x.shape, dtype=torch.float64)
@@ -49,7 +50,7 @@ def check(x, gate_up, down, weights, ids, activation="silu", bias1=None, bias2=N
     for token in range(x.shape[0]):
         for slot in range(ids.shape[1]):
             expert = int(ids[token, slot])
-            if not 0 <= expert < E:
+            if not 0 <= expert < len(w2):
                 continue
             bias = None if bias1 is None else bias1[expert].double()
             h = w1[expert] @ x[token].double()
@@ -108,6 +109,46 @@ def test_layers(mix, tokens, dtype, engine, use_engine):
 
 
 @pytest.mark.parametrize("engine", cases.ENGINES)
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("first", range(0, len(CODES), E))
+def test_every_code(first, tokens, engine, use_engine):
+    """Each rate with each codebook that it has, an expert each."""
+    use_engine(engine)
+    codes = (CODES + CODES[:E])[first : first + E]
+    check(*layer(128, 128, [codes] * 3, tokens, torch.float32, top_k=E))
+
+
+@pytest.mark.parametrize("engine", cases.ENGINES)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(2304, 128), (128, 2304), (1280, 640)])
+def test_inputs_in_slices(hidden, intermediate, engine, use_engine):
+    """More inputs than fit into threadgroup memory, or than one threadgroup should take; slices of unequal size."""
+    use_engine(engine)
+    check(*layer(hidden, intermediate, MIXES["6_2_3"], 1, torch.float16))
+
+
+@pytest.mark.parametrize("engine", cases.ENGINES)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_more_slots_than_simdgroups_that_sum_them(tokens, engine, use_engine):
+    use_engine(engine)
+    generator = torch.Generator().manual_seed(7)
+    gate, up, down = (experts(128, 128, MIXES["6_2_3"][p], 10 * p, count=19) for p in range(3))
+    ids = torch.stack([torch.randperm(19, generator=generator) for _ in range(tokens)])
+    ids[:, 3] = -1
+    x = torch.randn(tokens, 128, generator=generator)
+    check(x, [gate, up], down, torch.randn(tokens, 19, generator=generator), ids)
+
+
+@pytest.mark.parametrize("engine", cases.ENGINES)
+@pytest.mark.parametrize("scale", [1e15, 1e-10])
+def test_inputs_of_any_size(scale, engine, use_engine):
+    """Beyond what fp16 holds; and blocks of 128 that differ much in size."""
+    use_engine(engine)
+    x, *rest = layer(384, 256, MIXES["6_2_3"], 1, torch.float32)
+    x[:, :128] *= 1e-6
+    check(x * scale, *rest)
+
+
+@pytest.mark.parametrize("engine", cases.ENGINES)
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_sizes_that_were_rounded_up(tokens, engine, use_engine):
     use_engine(engine)
@@ -134,8 +175,9 @@ def test_ids_outside_add_nothing(tokens, engine, use_engine):
     check(x, gate_up, down, weights, ids)
 
 
-def test_any_order_of_threads_gives_the_same(exact_engine):
-    values = layer(128, 128, MIXES["experts_differ"], 5, torch.float16)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_any_order_of_threads_gives_the_same(tokens, exact_engine):
+    values = layer(128, 128, MIXES["experts_differ"], tokens, torch.float16)
     results = []
     for seed in (1, 2, 3):
         exact_engine(seed)
@@ -162,6 +204,12 @@ def test_a_fused_w1():
 
 def test_what_is_refused():
     x, gate_up, down, weights, ids = layer(128, 128, MIXES["6_2_3"], 2, torch.float32)
+    apart = down.parts["weight"].codes
+    for offset in (1, 4):
+        moved = torch.cat([apart.new_zeros(offset), apart])[offset:]
+        part = Part(moved, *(getattr(down.parts["weight"], name) for name in ("scales", "biases", "table")))
+        with pytest.raises(ValueError, match="w2 has codes at an address that is .* beyond a multiple of 16"):
+            metal_moe.fused_experts(x, pair(gate_up), QuantizedExperts({"weight": part}), weights, ids)
     dense = torch.zeros(E, 128, 128)
     affine = QuantizedExperts.quantize(dense, format="affine")
     with pytest.raises(ValueError, match="kernel is moe_base; it must be None with trellis weights"):

@@ -35,26 +35,13 @@ Vectorized vectorized(const TensorView& x, const ExpertsLayer& layer, const Laye
 }
 
 /// Kernels of quantised weights read x, codes, scales and biases in vectors, from addresses that the caller sees to.
-void check_quantized(const char* argument, const QuantizedPart& part) {
-  const auto check = [&](const char* name, const TensorView& buffer) {
-    if (buffer && buffer.address % VECTOR_BYTES != 0)
-      throw std::invalid_argument(std::string(argument) + " has " + name + " at an address that is " +
-                                  std::to_string(buffer.address % VECTOR_BYTES) + " beyond a multiple of " +
-                                  std::to_string(VECTOR_BYTES) + ": must be aligned, see QuantizedExperts.aligned()");
-  };
-  check("codes", part.codes);
-  check("scales", part.scales);
-  check("biases", part.biases);
-  check("a table", part.table);
-}
-
 void check_quantized(const TensorView& x, const ExpertsLayer& layer, uint32_t x_row_stride) {
-  check_quantized("w1", layer.gate);
-  check_quantized("w1", layer.up);
-  check_quantized("w2", layer.down);
-  check_quantized("shared_w1", layer.shared_gate);
-  check_quantized("shared_w1", layer.shared_up);
-  check_quantized("shared_w2", layer.shared_down);
+  check_alignment("w1", layer.gate);
+  check_alignment("w1", layer.up);
+  check_alignment("w2", layer.down);
+  check_alignment("shared_w1", layer.shared_gate);
+  check_alignment("shared_w1", layer.shared_up);
+  check_alignment("shared_w2", layer.shared_down);
   if (layer.gate && !rows_aligned(x, x_row_stride))
     throw std::invalid_argument("hidden_states has rows that do not start at multiples of " +
                                 std::to_string(VECTOR_BYTES) + " bytes: must be aligned where w1 is quantised");
@@ -283,6 +270,19 @@ size_t part_bytes(const QuantizedPart& part) {
 }
 
 } // namespace
+
+void check_alignment(const char* argument, const QuantizedPart& part) {
+  const auto check = [&](const char* name, const TensorView& buffer) {
+    if (buffer && buffer.address % VECTOR_BYTES != 0)
+      throw std::invalid_argument(std::string(argument) + " has " + name + " at an address that is " +
+                                  std::to_string(buffer.address % VECTOR_BYTES) + " beyond a multiple of " +
+                                  std::to_string(VECTOR_BYTES) + ": must be aligned, see QuantizedExperts.aligned()");
+  };
+  check("codes", part.codes);
+  check("scales", part.scales);
+  check("biases", part.biases);
+  check("a table", part.table);
+}
 
 LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t top_k) {
   LayerShape shape;

@@ -46,6 +46,10 @@ struct ExpertsLayer {
   std::optional<std::string_view> family; // by name; none: chosen by the number of tokens
 };
 
+/// Kernels read codes, scales and biases in vectors: std::invalid_argument naming `argument` where one of the part's
+/// buffers does not begin at a multiple of VECTOR_BYTES.
+void check_alignment(const char* argument, const QuantizedPart& part);
+
 /// Sizes of a layer for hidden states x [T, H] and top_k experts per token.
 LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t top_k);
 

@@ -7,8 +7,7 @@
 namespace metal_moe {
 
 /// encode_experts for gate, up and down in trellis codes of any rates and codebooks, without shared experts and not
-/// interleaved. Rotations
-/// are kernels between the products: with group, which more than one token needs, it takes six dispatches, else five.
+/// interleaved: three dispatches for one token; else six, as rotations are kernels between the products, and group.
 void encode_trellis_experts(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
                             const SlotsView& ids, const SlotsView& weights, uint32_t top_k, const TensorView& out);
 

@@ -8,6 +8,7 @@
 #include "moe/gather.h"
 #include "moe/group.h"
 #include "moe/rotate.h"
+#include "moe/trellis_decode.h"
 #include "moe/trellis_product.h"
 #include "quantize/viterbi.h"
 
@@ -37,7 +38,10 @@ constexpr const char* STAGE_NAMES[] = {"gate_up",
                                        "dequantize_trellis",
                                        "viterbi",
                                        "trellis_product",
+                                       "trellis_gate_up",
+                                       "trellis_down",
                                        "rotate",
+                                       "rotate_outputs",
                                        "matmul",
                                        "lora_shrink",
                                        "lora_expand"};
@@ -79,11 +83,12 @@ std::vector<KernelEntry> build_table() {
                               {DEQUANTIZE_TRELLIS_KERNEL, Stage::DequantizeTrellis},
                               {VITERBI_KERNEL, Stage::Viterbi}})
     table[index] = {stage_name(stage), stage, nullptr, Dtype::Other, false};
-  for (auto [index, name, stage] : {std::tuple{TRELLIS_PRODUCT_M1_KERNEL, "trellis_product_m1", Stage::TrellisProduct},
-                                    {TRELLIS_PRODUCT_M4_KERNEL, "trellis_product_m4", Stage::TrellisProduct},
+  for (auto [index, name, stage] : {std::tuple{TRELLIS_PRODUCT_M4_KERNEL, "trellis_product_m4", Stage::TrellisProduct},
+                                    {TRELLIS_GATE_UP_DECODE_KERNEL, "trellis_gate_up_decode", Stage::TrellisGateUp},
+                                    {TRELLIS_DOWN_DECODE_KERNEL, "trellis_down_decode", Stage::TrellisDown},
                                     {ROTATE_INPUTS_KERNEL, "rotate_inputs", Stage::Rotate},
                                     {ROTATE_ACTIVATIONS_KERNEL, "rotate_activations", Stage::Rotate},
-                                    {ROTATE_OUTPUTS_KERNEL, "rotate_outputs", Stage::Rotate}})
+                                    {ROTATE_OUTPUTS_KERNEL, "rotate_outputs", Stage::RotateOutputs}})
     table[index] = {name, stage, nullptr, Dtype::Other, false};
   for (Dtype dtype : FLOATS)
     table[combine_kernel(dtype)] = {std::string("combine_") + dtype_name(dtype), Stage::Combine, nullptr, dtype, false};
@@ -115,8 +120,10 @@ std::span<const KernelEntry> kernel_table() {
 }
 
 uint32_t coded_matrices(const KernelEntry& kernel) {
-  if (kernel.stage == Stage::TrellisProduct)
+  if (kernel.stage == Stage::TrellisProduct || kernel.stage == Stage::TrellisGateUp)
     return 2;
+  if (kernel.stage == Stage::TrellisDown)
+    return 1;
   return !kernel.quantized ? 0 : kernel.stage == Stage::GateUp ? 2 : 1;
 }
 
@@ -145,8 +152,13 @@ uint32_t kernel_simdgroups(const KernelEntry& kernel) {
     return VITERBI_SIMDGROUPS;
   case Stage::TrellisProduct:
     return TRELLIS_PRODUCT_SIMDGROUPS;
+  case Stage::TrellisGateUp:
+  case Stage::TrellisDown:
+    return TRELLIS_DECODE_SIMDGROUPS;
   case Stage::Rotate:
     return ROTATE_SIMDGROUPS;
+  case Stage::RotateOutputs:
+    return ROTATE_OUTPUT_SIMDGROUPS;
   case Stage::Matmul:
     return std::max(MATMUL_SIMDGROUPS, GEMM_SIMDGROUPS);
   case Stage::LoraShrink:

@@ -30,7 +30,10 @@ enum class Stage : uint8_t {
   DequantizeTrellis,
   Viterbi,
   TrellisProduct,
+  TrellisGateUp,
+  TrellisDown,
   Rotate,
+  RotateOutputs,
   Matmul,
   LoraShrink,
   LoraExpand
@@ -99,12 +102,13 @@ constexpr KernelIndex GATHER_KERNEL = ROUTE_KERNEL + 3;
 constexpr KernelIndex COMBINE_KERNELS = ROUTE_KERNEL + 4; // fp32, fp16, bf16
 constexpr KernelIndex DEQUANTIZE_TRELLIS_KERNEL = COMBINE_KERNELS + 3;
 constexpr KernelIndex VITERBI_KERNEL = COMBINE_KERNELS + 4;
-constexpr KernelIndex TRELLIS_PRODUCT_M1_KERNEL = COMBINE_KERNELS + 5;
-constexpr KernelIndex TRELLIS_PRODUCT_M4_KERNEL = COMBINE_KERNELS + 6;
-constexpr KernelIndex ROTATE_INPUTS_KERNEL = COMBINE_KERNELS + 7;
-constexpr KernelIndex ROTATE_ACTIVATIONS_KERNEL = COMBINE_KERNELS + 8;
-constexpr KernelIndex ROTATE_OUTPUTS_KERNEL = COMBINE_KERNELS + 9;
-constexpr KernelIndex MATMUL_KERNELS = COMBINE_KERNELS + 10;            // gemv and tile, nn and nt, fp32, fp16, bf16
+constexpr KernelIndex TRELLIS_PRODUCT_M4_KERNEL = COMBINE_KERNELS + 5;
+constexpr KernelIndex TRELLIS_GATE_UP_DECODE_KERNEL = COMBINE_KERNELS + 6;
+constexpr KernelIndex TRELLIS_DOWN_DECODE_KERNEL = COMBINE_KERNELS + 7;
+constexpr KernelIndex ROTATE_INPUTS_KERNEL = COMBINE_KERNELS + 8;
+constexpr KernelIndex ROTATE_ACTIVATIONS_KERNEL = COMBINE_KERNELS + 9;
+constexpr KernelIndex ROTATE_OUTPUTS_KERNEL = COMBINE_KERNELS + 10;
+constexpr KernelIndex MATMUL_KERNELS = COMBINE_KERNELS + 11;            // gemv and tile, nn and nt, fp32, fp16, bf16
 constexpr KernelIndex LORA_SHRINK_KERNELS = MATMUL_KERNELS + 2 * 2 * 3; // fp32, fp16, bf16; then the same as tiles
 constexpr KernelIndex LORA_EXPAND_KERNELS = LORA_SHRINK_KERNELS + 2 * 3;
 constexpr KernelIndex KERNELS = LORA_EXPAND_KERNELS + 2 * 3;

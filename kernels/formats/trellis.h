@@ -113,10 +113,11 @@ inline void trellis_decode(device const uint* tile, uint run, thread float (&val
     value[i] = trellis_value<CODEBOOK>(words.state(i));
 }
 
+#if SIMD_WIDTH == 1
 /// The 256 values of a tile, in the ring's order.
 template <uint HALF_BITS, uint CODEBOOK>
 inline void trellis_decode_tile(device const uint* tile, thread float (&value)[TRELLIS_RUNS * TRELLIS_RUN]) {
-#if defined(METAL_SIM_NATIVE) && defined(__AVX512BW__)
+#if defined(METAL_SIM_NATIVE) && defined(__AVX2__)
   metal_sim::trellis_decode_tile<HALF_BITS, CODEBOOK>(tile, value);
 #else
   constexpr uint WORDS = 4 * HALF_BITS;
@@ -133,6 +134,37 @@ inline void trellis_decode_tile(device const uint* tile, thread float (&value)[T
   }
 #endif
 }
+
+/// Four runs have all 16 inputs of two outputs, c and c + 8: elements of x in their order, the same for each c.
+constexpr constant uint TRELLIS_ROUND = 4 * TRELLIS_RUN;
+/// Sums of a tile: four places, to be added up at the end, for each output; those of output c, then of c + 8.
+constexpr constant uint TRELLIS_SUMS = 4 * TRELLIS_TILE;
+
+/// sum[r] += the tile's weights times x[r], for `count` rows. The tile that is taken in its place with the next inputs
+/// lies `next` words further on: an engine may ask memory for it early.
+template <uint HALF_BITS, uint CODEBOOK, uint ROWS>
+inline void trellis_add_tile(device const uint* tile, ulong next, thread const float (&x)[ROWS][TRELLIS_ROUND],
+                             uint count, thread float (&sum)[ROWS][TRELLIS_SUMS]) {
+#if defined(METAL_SIM_NATIVE) && defined(__AVX2__)
+  metal_sim::trellis_add_tile<HALF_BITS, CODEBOOK, ROWS>(tile, next, x, count, sum);
+#else
+  (void)next;
+  float value[TRELLIS_RUNS * TRELLIS_RUN];
+  trellis_decode_tile<HALF_BITS, CODEBOOK>(tile, value);
+  for (uint r = 0; r < count; ++r)
+    for (uint c = 0; c < TRELLIS_TILE / 2; ++c)
+      for (uint q = 0; q < 4; ++q)
+        for (uint i = 0; i < TRELLIS_RUN; ++i)
+          sum[r][c * TRELLIS_RUN + i] += value[c * TRELLIS_ROUND + q * TRELLIS_RUN + i] * x[r][q * TRELLIS_RUN + i];
+#endif
+}
+
+/// The sum of output n.
+inline float trellis_sum(thread const float (&sum)[TRELLIS_SUMS], uint n) {
+  const uint first = n % 8 * TRELLIS_RUN + n / 8 * 4;
+  return (sum[first] + sum[first + 1]) + (sum[first + 2] + sum[first + 3]);
+}
+#endif
 
 /// work.run<HALF_BITS, CODEBOOK>() for a whole rate.
 template <uint HALF_BITS, typename Work>

@@ -1,4 +1,4 @@
-// Arguments of `trellis_product_...`: rotated rows times the tiles of their experts' trellis weights.
+// Arguments of `trellis_product_m4`: rotated rows times the tiles of their experts' trellis weights.
 #pragma once
 #include "../formats/trellis.h"
 
@@ -13,17 +13,11 @@ SHARED_CONSTANT uint TRELLIS_PRODUCT_ROWS = 4;
 /// Threadgroup memory: sums of each simdgroup.
 constexpr uint trellis_product_memory(uint rows) { return TRELLIS_PRODUCT_SIMDGROUPS * rows * TRELLIS_TILE * 4; }
 
-// Buffers: 0 x fp32 [1 or 2, S, inputs], 1 codes, 2 table of the first matrix, 3 codes, 4 table of the second, 5 ids
-// (m1), sorted_rows (m4), 6 tiles (m4), 7 out fp32 [1 or 2, S, outputs], 8 TrellisProductArgs; threadgroup 0:
-// trellis_product_memory. Rows stand in order of assignment.
-// Grid: (outputs / 16 / trellis_product_tiles, m1: S, m4: tiles, 1 or 2).
+// Buffers: 0 x fp32 [1 or 2, S, inputs], 1 codes, 2 table of the first matrix, 3 codes, 4 table of the second,
+// 5 sorted_rows, 6 tiles, 7 out fp32 [1 or 2, S, outputs], 8 TrellisProductArgs; threadgroup 0: trellis_product_memory.
+// Rows stand in order of assignment. Grid: (outputs / 16 / trellis_product_tiles, tiles, 1 or 2).
 struct TrellisProductArgs {
   uint rows;    // S
   uint inputs;  // multiples of 128
   uint outputs; // multiples of 128
-  uint experts;
-  uint top_k;
-  uint ids_token_stride; // elements of the id type
-  uint ids_slot_stride;
-  uint id_words; // 32-bit words of an id: 1 int32, 2 int64
 };

@@ -1,10 +1,10 @@
-// trellis_product_m1, trellis_product_m4: rows times the tiles of trellis weights, without rotations.
+// trellis_product_m4: rows times the tiles of trellis weights, without rotations.
 //
 //   out[p, a, n] = sum over k of What_p[expert(a)][k, n] * x[p, a, k],  p = first, second matrix
 //
-// Layouts: see trellis_product.h, and trellis.h for tiles. m1 takes one assignment, m4 a row tile of up to
-// TRELLIS_PRODUCT_ROWS of one expert, which share decoded weights. Bits and codebook are those of the expert's record,
-// found once for a threadgroup, so that a layer may mix them.
+// Layouts: see trellis_product.h, and trellis.h for tiles. A threadgroup takes a row tile, up to
+// TRELLIS_PRODUCT_ROWS rows of one expert, which share decoded weights. Bits and codebook are those of the expert's
+// record, found once for a threadgroup, so that a layer may mix them.
 //
 // On a GPU a threadgroup makes the 16 outputs of one column of tiles; its simdgroups take rows of tiles in turn. A lane
 // decodes one run of a tile, 8 weights of 4 inputs and 2 outputs; four lanes share those outputs and add up at the end.
@@ -38,37 +38,25 @@ struct TrellisProduct {
 #if SIMD_WIDTH == 1
   template <uint HALF_BITS, uint CODEBOOK>
   void run() thread const {
-    constexpr uint WEIGHTS = TRELLIS_RUNS * TRELLIS_RUN;
-    // Weights of a tile come in 8 rounds over the same inputs in the same order: sums by place, then over inputs.
-    constexpr uint ROUND = 4 * TRELLIS_RUN;
-    float sum[TILES][R][WEIGHTS];
+    float sum[TILES][R][TRELLIS_SUMS];
     for (uint tile = 0; tile < TILES; ++tile)
       for (uint r = 0; r < R; ++r)
-        for (uint t = 0; t < WEIGHTS; ++t)
+        for (uint t = 0; t < TRELLIS_SUMS; ++t)
           sum[tile][r][t] = 0.0f;
     for (uint k = 0; k < inputs; k += TRELLIS_TILE) {
-      float ordered[R][ROUND];
+      float ordered[R][TRELLIS_ROUND];
       for (uint r = 0; r < count; ++r)
-        for (uint t = 0; t < ROUND; ++t)
+        for (uint t = 0; t < TRELLIS_ROUND; ++t)
           ordered[r][t] = x[r][k + trellis_input(t / TRELLIS_RUN, t % TRELLIS_RUN)];
       device const uint* row = codes + ulong(k / TRELLIS_TILE) * row_stride;
-      for (uint tile = 0; tile < TILES; ++tile) {
-        float weight[WEIGHTS];
-        trellis_decode_tile<HALF_BITS, CODEBOOK>(row + tile * (trellis_tile_bytes(HALF_BITS) / 4), weight);
-        for (uint r = 0; r < count; ++r)
-          for (uint first = 0; first < WEIGHTS; first += ROUND)
-            for (uint t = 0; t < ROUND; ++t)
-              sum[tile][r][first + t] += weight[first + t] * ordered[r][t];
-      }
+      for (uint tile = 0; tile < TILES; ++tile)
+        trellis_add_tile<HALF_BITS, CODEBOOK>(row + tile * (trellis_tile_bytes(HALF_BITS) / 4), row_stride, ordered,
+                                              count, sum[tile]);
     }
     for (uint tile = 0; tile < TILES; ++tile)
       for (uint r = 0; r < count; ++r)
-        for (uint n = 0; n < TRELLIS_TILE; ++n) {
-          float total = 0.0f;
-          for (uint i = 0; i < ROUND / 2; ++i)
-            total += sum[tile][r][n % 8 * ROUND + i / 4 * TRELLIS_RUN + n / 8 * 4 + i % 4];
-          out[r][tile * TRELLIS_TILE + n] = total;
-        }
+        for (uint n = 0; n < TRELLIS_TILE; ++n)
+          out[r][tile * TRELLIS_TILE + n] = trellis_sum(sum[tile][r], n);
   }
 #else
   template <uint HALF_BITS, uint CODEBOOK>
@@ -145,37 +133,6 @@ inline void trellis_product(device const uchar* codes, device const ExpertMatrix
   product.codes = reinterpret_cast<device const uint*>(codes + record.codes) +
                   column / TRELLIS_TILE * (trellis_tile_bytes(half_bits) / 4);
   with_trellis_code(half_bits, code ? code_codebook(code) : record.codebook, product);
-}
-
-[[kernel, max_total_threads_per_threadgroup(THREADS)]]
-void trellis_product_m1(device const float* x [[buffer(0)]], device const uchar* first_codes [[buffer(1)]],
-                        device const ExpertMatrix* first_table [[buffer(2)]],
-                        device const uchar* second_codes [[buffer(3)]],
-                        device const ExpertMatrix* second_table [[buffer(4)]], device const int* ids [[buffer(5)]],
-                        device float* out [[buffer(7)]], constant TrellisProductArgs& args [[buffer(8)]],
-                        threadgroup float* partial [[threadgroup(0)]],
-                        uint3 threadgroup_position [[threadgroup_position_in_grid]],
-                        uint thread_index [[thread_index_in_threadgroup]],
-                        uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const uint row = threadgroup_position.y, matrix = threadgroup_position.z;
-  const uint column = threadgroup_position.x * TILES * TRELLIS_TILE;
-  const ulong token = row / args.top_k, slot = row % args.top_k;
-  const uint expert =
-      load_id(ids, token * args.ids_token_stride + slot * args.ids_slot_stride, args.id_words, args.experts);
-  if (expert == NO_EXPERT)
-    return;
-  TrellisProduct<1> product;
-  product.inputs = args.inputs;
-  const ulong place = ulong(matrix) * args.rows + row;
-  product.x[0] = x + place * args.inputs;
-  product.out[0] = out + place * args.outputs + column;
-  product.count = 1;
-  product.partial = partial;
-  product.thread_index = thread_index;
-  product.simdgroup = simdgroup;
-  product.lane = lane;
-  trellis_product(matrix == 0 ? first_codes : second_codes, matrix == 0 ? first_table : second_table,
-                  matrix == 0 ? FIRST_MATRIX : SECOND_MATRIX, expert, column, product);
 }
 
 [[kernel, max_total_threads_per_threadgroup(THREADS)]]

@@ -1,80 +1,246 @@
-// The values of a tile of trellis weights for an engine whose simdgroup is one thread, in the processor's vectors.
-// Called by the kernels' formats/trellis.h where vectors of 16-bit elements can be permuted freely; elsewhere that
-// header's own loop serves.
+// Trellis weights for an engine whose simdgroup is one thread, in the processor's vectors. Called by the kernels'
+// formats/trellis.h where vectors of 16-bit elements can be shuffled; elsewhere that header's own loops serve.
+//
+// A vector holds the states of two or four runs, one for each 128 bits of it: state i of a run is 16-bit element i. The
+// bytes of a run's states lie within 16, so that a shuffle with constant places puts the four bytes around two
+// neighbouring states into each 32 bits, and two shifts cut both states out. All arithmetic up to the fp16 halves of a
+// value is on 16-bit elements: no state is masked, and a product takes three multiplications for 16 or 32 weights.
 #pragma once
 #include "native_vector.h"
 
-#if defined(__AVX512BW__)
+#if defined(__AVX2__) // and with it F16C and FMA, at every level that has it
+
 namespace metal_sim {
 
-/// Where 16 consecutive states lie in a ring's words from a word on, `offset` bits into which the first one's step
-/// begins, one word late: the two 16-bit units that each state spans, and how far the pair must be shifted.
-template <uint HALF_BITS>
-struct TrellisPlaces {
-  alignas(64) ushort unit[4][32];
-  alignas(64) uint shift[4][16];
+/// The 128-bit lanes of a vector, and the words that trellis arithmetic needs.
+#if defined(__AVX512BW__)
+constexpr uint TRELLIS_LANES = 4;
+using TrellisVector = __m512i;
+using TrellisFloats = __m512;
+#define METAL_SIM_TRELLIS(NAME) _mm512_##NAME
+METAL_FUNC TrellisVector trellis_load(const void* from) { return _mm512_load_si512(from); }
+METAL_FUNC TrellisVector trellis_join(const __m128i (&lane)[4]) {
+  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(lane[0]), lane[1], 1);
+  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(lane[2]), lane[3], 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+METAL_FUNC TrellisVector trellis_repeat(__m128i lane) { return _mm512_broadcast_i32x4(lane); }
+METAL_FUNC TrellisVector trellis_and(TrellisVector a, TrellisVector b) { return _mm512_and_si512(a, b); }
+METAL_FUNC TrellisVector trellis_or(TrellisVector a, TrellisVector b) { return _mm512_or_si512(a, b); }
+METAL_FUNC TrellisVector trellis_xor(TrellisVector a, TrellisVector b) { return _mm512_xor_si512(a, b); }
+/// Even elements of a, odd ones of b.
+METAL_FUNC TrellisVector trellis_mix(TrellisVector a, TrellisVector b) {
+  return _mm512_mask_blend_epi16(0xAAAAAAAAu, a, b);
+}
+/// -1 where a >= b, unsigned, else 0.
+METAL_FUNC TrellisVector trellis_not_below(TrellisVector a, TrellisVector b) {
+  return _mm512_movm_epi16(_mm512_cmpge_epu16_mask(a, b));
+}
+METAL_FUNC TrellisFloats trellis_floats(TrellisVector halves, uint part) {
+  return _mm512_cvtph_ps(part == 0 ? _mm512_castsi512_si256(halves) : _mm512_extracti64x4_epi64(halves, 1));
+}
+#else
+constexpr uint TRELLIS_LANES = 2;
+using TrellisVector = __m256i;
+using TrellisFloats = __m256;
+#define METAL_SIM_TRELLIS(NAME) _mm256_##NAME
+METAL_FUNC TrellisVector trellis_load(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
+METAL_FUNC TrellisVector trellis_join(const __m128i (&lane)[2]) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(lane[0]), lane[1], 1);
+}
+METAL_FUNC TrellisVector trellis_repeat(__m128i lane) { return _mm256_broadcastsi128_si256(lane); }
+METAL_FUNC TrellisVector trellis_and(TrellisVector a, TrellisVector b) { return _mm256_and_si256(a, b); }
+METAL_FUNC TrellisVector trellis_or(TrellisVector a, TrellisVector b) { return _mm256_or_si256(a, b); }
+METAL_FUNC TrellisVector trellis_xor(TrellisVector a, TrellisVector b) { return _mm256_xor_si256(a, b); }
+METAL_FUNC TrellisVector trellis_mix(TrellisVector a, TrellisVector b) { return _mm256_blend_epi16(a, b, 0xAA); }
+METAL_FUNC TrellisVector trellis_not_below(TrellisVector a, TrellisVector b) {
+  return _mm256_cmpeq_epi16(_mm256_max_epu16(a, b), a);
+}
+METAL_FUNC TrellisFloats trellis_floats(TrellisVector halves, uint part) {
+  return _mm256_cvtph_ps(part == 0 ? _mm256_castsi256_si128(halves) : _mm256_extracti128_si256(halves, 1));
+}
+#endif
 
-  constexpr TrellisPlaces() : unit(), shift() {
-    for (uint quarter = 0; quarter < 4; ++quarter)
-      for (uint i = 0; i < 16; ++i) {
-        const uint begin = 8 * quarter + 16 + (i + 1) * HALF_BITS / 2;
-        // A word's earlier unit is its upper half; the pair's earlier unit is to be so too.
-        unit[quarter][2 * i] = static_cast<ushort>((begin / 16 + 1) ^ 1);
-        unit[quarter][2 * i + 1] = static_cast<ushort>((begin / 16) ^ 1);
-        shift[quarter][i] = 16 - begin % 16;
-      }
+/// The first bit of a state, counted from the ring's beginning: before it where negative.
+constexpr int trellis_state_bit(uint half_bits, uint weight) { return int((weight + 1) * half_bits / 2) - 16; }
+
+/// Of the byte that holds a bit, counted in the ring's order.
+constexpr int trellis_byte(int bit) { return (bit + 32) / 8 - 4; }
+
+/// Where a byte in the ring's order lies in memory: words are little-endian, their most significant bit comes first.
+constexpr int trellis_place(int byte) { return (byte + 4) / 4 * 4 - 4 + (3 - (byte + 4) % 4); }
+
+/// The words that hold the states of consecutive runs, as places in memory from a tile's first byte on. Those that
+/// begin before the ring's beginning are read from a copy whose first word is the tile's last.
+struct TrellisWindow {
+  int first, end;
+
+  constexpr TrellisWindow(uint half_bits, uint run, uint runs)
+      : first((trellis_byte(trellis_state_bit(half_bits, 8 * run)) + 4) / 4 * 4 - 4),
+        end((trellis_byte(trellis_state_bit(half_bits, 8 * (run + runs) - 1) + 15) + 4) / 4 * 4) {}
+  constexpr bool wraps() const { return first < 0; }
+  constexpr bool fits() const { return end - first <= 16; }
+  /// Where to read 16 bytes that hold it, none of them beyond the tile.
+  constexpr int begin(uint half_bits) const {
+    return wraps() ? -4 : first < int(16 * half_bits) - 16 ? first : int(16 * half_bits) - 16;
   }
 };
 
-/// An fp16 in the low half of each element, normal, as fp32.
-METAL_FUNC __m512 trellis_half16(__m512i bits) {
-  const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x8000)), 16);
-  const __m512i rest = _mm512_slli_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x7FFF)), 13);
-  return _mm512_castsi512_ps(_mm512_or_si512(sign, _mm512_add_epi32(rest, _mm512_set1_epi32(0x38000000))));
+/// For the runs of a vector, RUN the first of them: which bytes go where, and by how much to shift.
+template <uint HALF_BITS, uint RUN>
+struct TrellisPlaces {
+  static constexpr bool TOGETHER = TrellisWindow(HALF_BITS, RUN, TRELLIS_LANES).fits();
+  alignas(64) uchar byte[TRELLIS_LANES][16];
+  alignas(64) uint right[TRELLIS_LANES][4]; // of the earlier state of two
+  alignas(64) uint left[TRELLIS_LANES][4];  // of the later one
+
+  static constexpr TrellisWindow window(uint lane) {
+    return TOGETHER ? TrellisWindow(HALF_BITS, RUN, TRELLIS_LANES) : TrellisWindow(HALF_BITS, RUN + lane, 1);
+  }
+
+  constexpr TrellisPlaces() : byte(), right(), left() {
+    for (uint lane = 0; lane < TRELLIS_LANES; ++lane)
+      for (uint pair = 0; pair < 4; ++pair) {
+        const uint weight = 8 * (RUN + lane) + 2 * pair;
+        const int bit = trellis_state_bit(HALF_BITS, weight), next = trellis_state_bit(HALF_BITS, weight + 1);
+        const int first = trellis_byte(bit);
+        for (int i = 0; i < 4; ++i) {
+          const int place = trellis_place(first + i) - window(lane).begin(HALF_BITS);
+          // A byte behind both states may lie outside.
+          byte[lane][4 * pair + 3 - i] = uchar(place >= 0 && place < 16 ? place : 0x80);
+        }
+        right[lane][pair] = uint(16 - (bit - 8 * first));
+        left[lane][pair] = uint(next - 8 * first);
+      }
+  }
+};
+template <uint HALF_BITS, uint RUN>
+constexpr TrellisPlaces<HALF_BITS, RUN> trellis_places{};
+
+/// The states of the runs of a vector.
+template <uint HALF_BITS, uint RUN>
+METAL_FUNC TrellisVector trellis_states(const uint* tile) {
+  using Places = TrellisPlaces<HALF_BITS, RUN>;
+  const auto read = [&](TrellisWindow window) {
+    if (window.wraps())
+      return _mm_insert_epi32(_mm_slli_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile)), 4),
+                              int(tile[4 * HALF_BITS - 1]), 0);
+    const char* bytes = reinterpret_cast<const char*>(tile);
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + window.begin(HALF_BITS)));
+  };
+  TrellisVector codes;
+  if constexpr (Places::TOGETHER) {
+    codes = trellis_repeat(read(Places::window(0)));
+  } else {
+    __m128i lane[TRELLIS_LANES];
+    for (uint i = 0; i < TRELLIS_LANES; ++i)
+      lane[i] = read(Places::window(i));
+    codes = trellis_join(lane);
+  }
+  constexpr const Places& places = trellis_places<HALF_BITS, RUN>;
+  const TrellisVector pairs = METAL_SIM_TRELLIS(shuffle_epi8)(codes, trellis_load(places.byte));
+  return trellis_mix(METAL_SIM_TRELLIS(srlv_epi32)(pairs, trellis_load(places.right)),
+                     METAL_SIM_TRELLIS(sllv_epi32)(pairs, trellis_load(places.left)));
 }
 
-/// trellis_value of 16 states; CODEBOOK as in formats/trellis.h: 0 3inst, 1 mcg, 2 mul1.
+/// Each element, whose size as an fp16 is that of a normal number or zero, rounded to the nearest fp16: c - (c - v)
+/// with c = (2^13 + 1) v has the 11 upper bits of v (Veltkamp). Ties go to even for the values of all states, as a test
+/// over them shows.
+METAL_FUNC TrellisFloats trellis_round(TrellisFloats v) {
+  const TrellisFloats c = METAL_SIM_TRELLIS(fmadd_ps)(v, METAL_SIM_TRELLIS(set1_ps)(8192.0f), v);
+  return METAL_SIM_TRELLIS(sub_ps)(c, METAL_SIM_TRELLIS(sub_ps)(c, v));
+}
+
+/// trellis_value of states; CODEBOOK as in formats/trellis.h: 0 3inst, 1 mcg, 2 mul1. value[0]: of the first half of
+/// the elements.
 template <uint CODEBOOK>
-METAL_FUNC __m512 trellis_value16(__m512i state) {
-  __m512 value;
+METAL_FUNC void trellis_values(TrellisVector state, TrellisFloats (&value)[2]) {
+  constexpr uint FACTOR = CODEBOOK == 0 ? 89226354u : CODEBOOK == 1 ? 0xCBAC1FEDu : 0x83DCD12Du;
+  const auto all = [](uint bits) { return METAL_SIM_TRELLIS(set1_epi16)(short(bits)); };
+  // Both halves of the low 32 bits of the product.
+  TrellisVector low = METAL_SIM_TRELLIS(mullo_epi16)(state, all(FACTOR));
+  TrellisVector high = METAL_SIM_TRELLIS(add_epi16)(METAL_SIM_TRELLIS(mulhi_epu16)(state, all(FACTOR)),
+                                                    METAL_SIM_TRELLIS(mullo_epi16)(state, all(FACTOR >> 16)));
   if constexpr (CODEBOOK == 2) {
-    const __m512i product = _mm512_mullo_epi32(state, _mm512_set1_epi32(int(0x83DCD12Du)));
-    const __m512i pairs = _mm512_maddubs_epi16(product, _mm512_set1_epi8(1));
-    const __m512 bytes = _mm512_cvtepi32_ps(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-    // 1024 * 887 / 131072 - 10.3828125 is exact: the same sum, rounded once.
-    value = _mm512_fmadd_ps(bytes, _mm512_set1_ps(887.0f / 131072.0f), _mm512_set1_ps(-3.453125f));
+    const TrellisVector ones = METAL_SIM_TRELLIS(set1_epi8)(1);
+    const TrellisVector bytes = METAL_SIM_TRELLIS(add_epi16)(METAL_SIM_TRELLIS(maddubs_epi16)(low, ones),
+                                                             METAL_SIM_TRELLIS(maddubs_epi16)(high, ones));
+    const TrellisVector halves = trellis_or(bytes, all(0x6400)); // 1024 + bytes, as an fp16
+    for (uint part = 0; part < 2; ++part)
+      value[part] = trellis_round(METAL_SIM_TRELLIS(fmadd_ps)(trellis_floats(halves, part),
+                                                              METAL_SIM_TRELLIS(set1_ps)(887.0f / 131072.0f),
+                                                              METAL_SIM_TRELLIS(set1_ps)(-10.3828125f)));
   } else {
-    __m512i product = _mm512_mullo_epi32(state, _mm512_set1_epi32(int(CODEBOOK == 1 ? 0xCBAC1FEDu : 89226354u)));
-    if constexpr (CODEBOOK == 0)
-      product = _mm512_add_epi32(product, _mm512_set1_epi32(64248484));
-    product =
-        _mm512_xor_si512(_mm512_and_si512(product, _mm512_set1_epi32(int(0x8FFF8FFFu))), _mm512_set1_epi32(0x3B603B60));
-    value = _mm512_add_ps(trellis_half16(product), trellis_half16(_mm512_srli_epi32(product, 16)));
+    if constexpr (CODEBOOK == 0) {
+      constexpr uint ADDEND = 64248484u;
+      low = METAL_SIM_TRELLIS(add_epi16)(low, all(ADDEND));
+      // One more where the sum of the low halves has a carry, which is where it is below its addend.
+      high = METAL_SIM_TRELLIS(add_epi16)(METAL_SIM_TRELLIS(add_epi16)(high, all((ADDEND >> 16) + 1)),
+                                          trellis_not_below(low, all(ADDEND)));
+    }
+    low = trellis_xor(trellis_and(low, all(0x8FFF)), all(0x3B60));
+    high = trellis_xor(trellis_and(high, all(0x8FFF)), all(0x3B60));
+    for (uint part = 0; part < 2; ++part)
+      value[part] = trellis_round(METAL_SIM_TRELLIS(add_ps)(trellis_floats(low, part), trellis_floats(high, part)));
   }
-  return _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+/// The values of runs RUN, RUN + 1, ... of a tile, each two (AVX2: one) of them a vector of floats.
+template <uint HALF_BITS, uint CODEBOOK, uint RUN, uint RUNS>
+METAL_FUNC void trellis_runs(const uint* tile, TrellisFloats (&value)[2 * RUNS / TRELLIS_LANES]) {
+  TrellisFloats two[2];
+  trellis_values<CODEBOOK>(trellis_states<HALF_BITS, RUN>(tile), two);
+  value[0] = two[0];
+  value[1] = two[1];
+  if constexpr (RUNS > TRELLIS_LANES) {
+    static_assert(RUNS == 2 * TRELLIS_LANES);
+    trellis_values<CODEBOOK>(trellis_states<HALF_BITS, RUN + TRELLIS_LANES>(tile), two);
+    value[2] = two[0];
+    value[3] = two[1];
+  }
 }
 
 /// The 256 values of a tile, in the ring's order.
-template <uint HALF_BITS, uint CODEBOOK>
-METAL_FUNC void trellis_decode_tile(const uint* tile, float (&value)[256]) {
-  static constexpr TrellisPlaces<HALF_BITS> places;
-  constexpr uint WORDS = 4 * HALF_BITS;
-  uint ring[WORDS + 17]; // the last word before the first; and a vector may be read from the last one on
-  ring[0] = tile[WORDS - 1];
-  __builtin_memcpy(ring + 1, tile, WORDS * sizeof(uint));
-  for (uint i = WORDS + 1; i < WORDS + 17; ++i)
-    ring[i] = 0;
-#pragma GCC unroll 4
-  for (uint chunk = 0; chunk < 16; ++chunk) {
-    const uint bit = 8 * HALF_BITS * chunk;
-    const uint quarter = bit / 8 % 4;
-    const __m512i words = _mm512_loadu_si512(ring + bit / 32);
-    const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(places.unit[quarter]), words);
-    const __m512i states =
-        _mm512_and_si512(_mm512_srlv_epi32(pairs, _mm512_load_si512(places.shift[quarter])), _mm512_set1_epi32(0xFFFF));
-    _mm512_storeu_ps(value + 16 * chunk, trellis_value16<CODEBOOK>(states));
-  }
+template <uint HALF_BITS, uint CODEBOOK, uint RUN = 0>
+METAL_FUNC void trellis_decode_tile(const uint* tile, float* value) {
+  TrellisFloats run[8 / TRELLIS_LANES];
+  trellis_runs<HALF_BITS, CODEBOOK, RUN, 4>(tile, run);
+  for (uint i = 0; i < 8 / TRELLIS_LANES; ++i)
+    METAL_SIM_TRELLIS(storeu_ps)(value + 8 * RUN + 4 * TRELLIS_LANES * i, run[i]);
+  if constexpr (RUN + 4 < 32)
+    trellis_decode_tile<HALF_BITS, CODEBOOK, RUN + 4>(tile, value);
 }
+
+/// trellis_add_tile of formats/trellis.h: sum[r][8 * column + i] += values of the column's four runs times x[r]. Memory
+/// is asked for the tile `next` words further on: it is a page or more away, where the processor's own prefetching
+/// ends. At the end of the codes that is beyond them, which does no harm: a prefetch cannot fault.
+template <uint HALF_BITS, uint CODEBOOK, uint ROWS, uint RUN = 0>
+METAL_FUNC void trellis_add_tile(const uint* tile, size_t next, const float (*x)[32], uint count, float (*sum)[64]) {
+  constexpr uint VECTORS = 8 / TRELLIS_LANES, ELEMENTS = 4 * TRELLIS_LANES, LINE = 16; // words of a cache line
+  if constexpr (RUN == 0)
+    for (uint word = 0; word < 4 * HALF_BITS; word += LINE)
+      __builtin_prefetch(tile + next + word);
+  TrellisFloats run[VECTORS];
+  trellis_runs<HALF_BITS, CODEBOOK, RUN, 4>(tile, run);
+  for (uint r = 0; r < (ROWS == 1 ? 1 : count); ++r) {
+    float* to = sum[r] + 2 * RUN;
+#if defined(__AVX512BW__)
+    TrellisFloats total = _mm512_mul_ps(run[0], _mm512_loadu_ps(x[r]));
+    total = _mm512_fmadd_ps(run[1], _mm512_loadu_ps(x[r] + ELEMENTS), total);
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(total), _mm512_extractf32x8_ps(total, 1));
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), two));
+#else
+    TrellisFloats total = _mm256_loadu_ps(to);
+    for (uint i = 0; i < VECTORS; ++i)
+      total = _mm256_fmadd_ps(run[i], _mm256_loadu_ps(x[r] + ELEMENTS * i), total);
+    _mm256_storeu_ps(to, total);
+#endif
+  }
+  if constexpr (RUN + 4 < 32)
+    trellis_add_tile<HALF_BITS, CODEBOOK, ROWS, RUN + 4>(tile, next, x, count, sum);
+}
+
+#undef METAL_SIM_TRELLIS
 
 } // namespace metal_sim
 #endif

@@ -1,0 +1,264 @@
+// Products with trellis weights on NVIDIA GPUs' tensor cores: tiles are stored in the order of their fragments.
+// Compute capability 8.0 or later.
+//
+// m16n8k16 takes 16 outputs times 16 inputs as its first factor: of them lane (g, q), g = lane / 4, q = lane % 4, holds
+// outputs g and g + 8 at four inputs, which is a run. Inputs are what the product sums over, in any order: so a lane
+// takes the four runs of output g of tile q of four tiles, which are 32 consecutive weights, a whole number of words.
+// Four products then make all four tiles.
+//
+// The second factor are rows of x, in fp16: a row is split into two columns, its values rounded and what that leaves
+// times 2^11, both scaled by a power of two. Together they have 22 bits. Weights are fp16 as they are. Sums are fp32.
+#pragma once
+
+#include "simdgroup_cuda.h"
+
+namespace metal_sim {
+
+/// As formats/trellis.h has them.
+enum CudaTrellisCodebook : uint { CUDA_TRELLIS_3INST = 0, CUDA_TRELLIS_MCG = 1, CUDA_TRELLIS_MUL1 = 2 };
+
+METAL_FUNC uint32_t trellis_funnel(uint32_t high, uint32_t low, uint32_t shift) {
+  return __funnelshift_l(low, high, shift);
+}
+
+/// A lane's 32 weights: their words as loaded, then from the 16 bits before them on.
+template <uint HALF_BITS>
+struct TrellisCodes {
+  static constexpr uint WORDS = (HALF_BITS + 1) / 2;
+  uint32_t word[WORDS];
+
+  /// Of column g of a tile.
+  METAL_FUNC void load(const uint* tile, uint g) {
+    const uint* from = tile + g * HALF_BITS / 2;
+    if constexpr (HALF_BITS % 8 == 0) {
+#pragma unroll
+      for (uint i = 0; i < WORDS; i += 4) {
+        uint4 four;
+        cuda_load_once(from + i, &four);
+        word[i] = four.x, word[i + 1] = four.y, word[i + 2] = four.z, word[i + 3] = four.w;
+      }
+    } else if constexpr (HALF_BITS % 4 == 0) {
+#pragma unroll
+      for (uint i = 0; i < WORDS; i += 2)
+        asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(word[i]), "=r"(word[i + 1]) : "l"(from + i));
+    } else {
+#pragma unroll
+      for (uint i = 0; i < WORDS; ++i)
+        asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word[i]) : "l"(from + i));
+    }
+  }
+
+  /// stream[0]: the 16 bits before the weights, in its low half; their own from stream[1] on. All lanes must take part.
+  METAL_FUNC void align(uint lane, uint32_t (&stream)[WORDS + 2]) const {
+    const uint32_t before = __shfl_sync(ALL_LANES, word[WORDS - 1], (lane + 28) % SIMD_WIDTH);
+    stream[WORDS + 1] = 0;
+    if constexpr (HALF_BITS % 2 == 0) {
+      stream[0] = before;
+#pragma unroll
+      for (uint i = 0; i < WORDS; ++i)
+        stream[i + 1] = word[i];
+    } else {
+      const uint32_t shift = lane / 4 % 2 * 16; // odd columns begin in the middle of a word
+      stream[0] = trellis_funnel(before, word[0], shift);
+#pragma unroll
+      for (uint i = 0; i < WORDS; ++i)
+        stream[i + 1] = trellis_funnel(word[i], i + 1 < WORDS ? word[i + 1] : 0, shift);
+    }
+  }
+};
+
+/// The first bit of the state of weight t of a lane's 32, in its stream.
+METAL_FUNC constexpr uint trellis_begin(uint half_bits, uint t) { return (t + 1) * half_bits / 2 + 16; }
+
+/// How far to shift the stream so that all states that begin in one place of a byte begin with a byte, and few words
+/// are shifted for them: whole bytes more than it takes where that saves a word.
+METAL_FUNC constexpr uint trellis_shift(uint half_bits, uint place) {
+  if (place == 0)
+    return 0;
+  uint best = place, fewest = ~0u;
+  for (uint shift = place; shift < SIMD_WIDTH; shift += 8) {
+    uint words = 0, seen = ~0u;
+    bool possible = true;
+    for (uint t = 0; t < 32; ++t) { // 32: the lane's weights
+      const uint begin = trellis_begin(half_bits, t);
+      if (begin % 8 != place)
+        continue;
+      possible = possible && begin >= shift;
+      const uint word = (begin - shift) / 32, last = (begin - shift + 15) / 32;
+      words += (word != seen) + (last != word);
+      seen = last;
+    }
+    if (possible && words < fewest) {
+      fewest = words;
+      best = shift;
+    }
+  }
+  return best;
+}
+
+/// The state of weight t of a lane's 32, twice: in both halves of a word. A permutation of bytes then needs no zeros;
+/// the codebook's factor makes up for it.
+template <uint HALF_BITS, uint T, uint COUNT>
+METAL_FUNC uint32_t trellis_state_twice(const uint32_t (&stream)[COUNT]) {
+  constexpr uint BEGIN = trellis_begin(HALF_BITS, T), SHIFT = trellis_shift(HALF_BITS, BEGIN % 8);
+  constexpr uint BYTE = (BEGIN - SHIFT) / 8, WORD = BYTE / 4;
+  const auto shifted = [&](uint i) {
+    return SHIFT == 0 ? stream[i] : trellis_funnel(stream[i], i + 1 < COUNT ? stream[i + 1] : 0, SHIFT);
+  };
+  const uint32_t early = shifted(WORD);
+  // Byte 0 of a word in the ring's order is its most significant one, byte 3 of the permutation's first argument.
+  constexpr uint HIGH = 3 - BYTE % 4;
+  if constexpr (HIGH > 0)
+    return __byte_perm(early, early, (HIGH - 1) * 0x101 | HIGH * 0x1010);
+  else
+    return __byte_perm(early, shifted(WORD + 1), 0x0707);
+}
+
+/// The mask of 3INST and MCG in a register: as a constant the compiler would make it anew for each value.
+struct TrellisMask {
+  uint32_t bits = __activemask() & 0x8FFF8FFFu; // all lanes take part, which the compiler does not know
+};
+
+/// Values of two states, each twice in its word, as a pair of fp16.
+template <uint CODEBOOK>
+METAL_FUNC uint32_t trellis_pair(uint32_t first, uint32_t second, TrellisMask mask) {
+  // The codebook's factor over 2^16 + 1, modulo 2^32.
+  constexpr uint32_t FACTOR = CODEBOOK == CUDA_TRELLIS_3INST ? 0x88DF7C72u
+                              : CODEBOOK == CUDA_TRELLIS_MCG ? 0xABBF1FEDu
+                                                             : 0xB2AFD12Du;
+  uint32_t value;
+  if constexpr (CODEBOOK == CUDA_TRELLIS_MUL1) {
+    // fp16 1024 + the sum of the product's four bytes, times 887 / 2^17, minus 10.3828125.
+    const uint32_t low = __dp4a(first * FACTOR, 0x01010101u, 0x6400u);
+    const uint32_t high = __dp4a(second * FACTOR, 0x01010101u, 0x6400u);
+    asm("fma.rn.f16x2 %0, %1, %2, %3;"
+        : "=r"(value)
+        : "r"(__byte_perm(low, high, 0x5410)), "r"(0x1EEE1EEEu), "r"(0xC931C931u));
+  } else {
+    constexpr uint32_t ADDEND = CODEBOOK == CUDA_TRELLIS_3INST ? 64248484u : 0u;
+    const uint32_t low = ((first * FACTOR + ADDEND) & mask.bits) ^ 0x3B603B60u;
+    const uint32_t high = ((second * FACTOR + ADDEND) & mask.bits) ^ 0x3B603B60u;
+    asm("{.reg .f16 a, b, c, d;\n\t"
+        "mov.b32 {a, b}, %1;\n\t"
+        "mov.b32 {c, d}, %2;\n\t"
+        "add.rn.f16 a, a, b;\n\t"
+        "add.rn.f16 c, c, d;\n\t"
+        "mov.b32 %0, {a, c};}"
+        : "=r"(value)
+        : "r"(low), "r"(high));
+  }
+  return value;
+}
+
+METAL_FUNC void multiply_add_trellis(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// sum += runs RUN to 3 of a lane's columns times x, the lane's eight words: inputs 2j, 2j + 1 and 2j + 8, 2j + 9 of
+/// its tile in words 2j and 2j + 1.
+template <uint HALF_BITS, uint CODEBOOK, uint RUN = 0, uint COUNT>
+METAL_FUNC void trellis_multiply_add(float (&sum)[4], const uint32_t (&stream)[COUNT], const uint32_t (&x)[8],
+                                     TrellisMask mask) {
+  uint32_t state[8] = {
+      trellis_state_twice<HALF_BITS, 8 * RUN>(stream),     trellis_state_twice<HALF_BITS, 8 * RUN + 1>(stream),
+      trellis_state_twice<HALF_BITS, 8 * RUN + 2>(stream), trellis_state_twice<HALF_BITS, 8 * RUN + 3>(stream),
+      trellis_state_twice<HALF_BITS, 8 * RUN + 4>(stream), trellis_state_twice<HALF_BITS, 8 * RUN + 5>(stream),
+      trellis_state_twice<HALF_BITS, 8 * RUN + 6>(stream), trellis_state_twice<HALF_BITS, 8 * RUN + 7>(stream)};
+  const uint32_t a[4] = {
+      trellis_pair<CODEBOOK>(state[0], state[1], mask), trellis_pair<CODEBOOK>(state[4], state[5], mask),
+      trellis_pair<CODEBOOK>(state[2], state[3], mask), trellis_pair<CODEBOOK>(state[6], state[7], mask)};
+  multiply_add_trellis(sum, a, x[2 * RUN], x[2 * RUN + 1]);
+  if constexpr (RUN < 3)
+    trellis_multiply_add<HALF_BITS, CODEBOOK, RUN + 1>(sum, stream, x, mask);
+}
+
+/// A row of x in shared memory, as the second factor: RotatedRow of moe/rotated_row.h. 16 bytes (step, part, q,
+/// column) are words 4 * part to 4 * part + 3 of tile 4 * step + q, then follow the factors of blocks of 128.
+struct CudaRotatedRow {
+  static constexpr uint BLOCK = 128;
+  uint4* words;
+  float* factor;
+
+  METAL_FUNC CudaRotatedRow(float* memory, uint blocks)
+      : words(reinterpret_cast<uint4*>(memory)), factor(memory + blocks * BLOCK) {}
+
+  METAL_FUNC void store(uint block, uint lane, const float (&value)[4]) const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (uint i = 0; i < 4; ++i)
+      largest = max(largest, __builtin_bit_cast(uint32_t, value[i]) & 0x7FFFFFFFu);
+    // The power of two that takes the largest value to 2^14 or just above, of those whose inverse is normal as well.
+    const uint32_t exponent = min(268u - (__reduce_max_sync(ALL_LANES, largest) >> 23), 253u);
+    const float scale = __builtin_bit_cast(float, exponent << 23);
+    uint16_t part[2][4];
+#pragma unroll
+    for (uint i = 0; i < 4; ++i) {
+      const half high = half(value[i] * scale);
+      const half low = half((value[i] * scale - float(high)) * 2048.0f);
+      part[0][i] = high.bits, part[1][i] = low.bits;
+    }
+    const uint tile = lane / 4, quarter = lane % 4;
+    uint32_t* to = reinterpret_cast<uint32_t*>(words + (2 * block + tile / 4) * 16 + quarter % 2 * 8 + tile % 4 * 2);
+#pragma unroll
+    for (uint column = 0; column < 2; ++column) {
+      to[4 * column + quarter / 2] = part[column][0] | uint32_t(part[column][1]) << 16;
+      to[4 * column + quarter / 2 + 2] = part[column][2] | uint32_t(part[column][3]) << 16;
+    }
+    if (lane == 0)
+      factor[block] = __builtin_bit_cast(float, (254u - exponent) << 23);
+  }
+
+  /// RotatedRow::multiply: sum[i] of column i of tiles, in lanes with q = 0 for outputs g and g + 8.
+  /// Codes of a step are asked for two steps ahead.
+  template <uint HALF_BITS, uint CODEBOOK, uint TILES>
+  METAL_FUNC void multiply(const uint* codes, uint row_stride, uint blocks, uint lane, float (&sum)[TILES][2]) const {
+    constexpr uint TILE_WORDS = 4 * HALF_BITS, WORDS = TrellisCodes<HALF_BITS>::WORDS;
+    const uint g = lane / 4, q = lane % 4;
+    const TrellisMask mask;
+    const uint4* x = words + q * 2 + g % 2; // columns beyond the two are never looked at
+    const uint* from = codes + size_t(q) * row_stride;
+#pragma unroll
+    for (uint i = 0; i < TILES; ++i)
+      sum[i][0] = sum[i][1] = 0.0f;
+    TrellisCodes<HALF_BITS> ahead[2][TILES];
+#pragma unroll
+    for (uint s = 0; s < 2; ++s)
+#pragma unroll
+      for (uint i = 0; i < TILES; ++i)
+        ahead[s][i].load(from + s * size_t(4 * row_stride) + i * TILE_WORDS, g);
+    for (uint block = 0; block < blocks; ++block) {
+      from += size_t(8) * row_stride;
+      float part[TILES][4];
+#pragma unroll
+      for (uint i = 0; i < TILES; ++i)
+        part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0.0f;
+#pragma unroll
+      for (uint s = 0; s < 2; ++s) {
+        const uint4 first = x[0], second = x[8];
+        const uint32_t fragment[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+        x += 16;
+        uint32_t stream[TILES][WORDS + 2];
+#pragma unroll
+        for (uint i = 0; i < TILES; ++i)
+          ahead[s][i].align(lane, stream[i]);
+        if (block + 1 < blocks)
+#pragma unroll
+          for (uint i = 0; i < TILES; ++i)
+            ahead[s][i].load(from + s * size_t(4 * row_stride) + i * TILE_WORDS, g);
+#pragma unroll
+        for (uint i = 0; i < TILES; ++i)
+          trellis_multiply_add<HALF_BITS, CODEBOOK>(part[i], stream[i], fragment, mask);
+      }
+#pragma unroll
+      for (uint i = 0; i < TILES; ++i) {
+        sum[i][0] += factor[block] * (part[i][0] + part[i][1] * (1.0f / 2048.0f));
+        sum[i][1] += factor[block] * (part[i][2] + part[i][3] * (1.0f / 2048.0f));
+      }
+    }
+  }
+};
+
+} // namespace metal_sim
