@@ -37,3 +37,12 @@ struct OneRow {
   device const T* at(uint) thread const { return row; }
   uint offset(uint) thread const { return 0; }
 };
+
+/// Rows that stand one after the other.
+template <typename T>
+struct SortedRows {
+  device const T* first;
+  uint stride;
+
+  device const T* at(uint row) thread const { return first + ulong(row) * stride; }
+};
