@@ -10,7 +10,7 @@ from .cases import Call, Case, Quantized
 from .ceilings import Ceilings
 from .check import Expected
 from .clock import Run, Timing, time_graph, time_in_turn
-from .mlx_peer import installed, mlx_layer
+from .mlx_peer import has_mlx, mlx_layer
 
 OURS, OURS_GRAPH = "metal_moe", "metal_moe_graph"
 # Of quantised weights, by the kernels that serve every format: what compiling them for this one brings.
@@ -60,7 +60,7 @@ def measure(case: Case, ceilings: Ceilings, *, kernel: str | None, rounds: int, 
     implementations = {OURS: run_ours, **peers(case.calls[0])}
     if case.quantized:
         implementations[GENERIC] = generic(run_ours)
-    if case.quantized and case.device.type == "cpu" and installed():
+    if case.quantized and case.device.type == "cpu" and has_mlx(case.quantized):
         implementations[MLX] = mlx_layer(case.quantized)
     expected = Expected(case.calls[0])
     # Each against the weights that it computes with.

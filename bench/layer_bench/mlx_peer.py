@@ -12,8 +12,11 @@ from .cases import Call, Quantized
 from .clock import Run
 
 
-def installed() -> bool:
-    return importlib.util.find_spec("mlx") is not None
+def has_mlx(quantized: Quantized) -> bool:
+    """Whether MLX is installed and has the weights' format."""
+    parts = (part for weights in quantized for part in weights.parts.values())
+    trellis = any(settings.format == "trellis" for part in parts for settings in part.settings)
+    return not trellis and importlib.util.find_spec("mlx") is not None
 
 
 def _array(tensor: Tensor, dtype: str | None = None):
