@@ -33,14 +33,14 @@ TOKEN_EDGES = [0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129]
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu2", "swiglu_clamp"]
 
 
-def default_family(tokens: int, engine: str | None = None) -> str:
-    """The published table; the native engine's own has nothing after prefill4, that of cuda nothing between decode and
-    large_batch. Default: the device's first engine."""
+def default_family(tokens: int, engine: str | None = None, top_k: int = 2) -> str:
+    """The published table; the native engine's own has nothing after prefill4, that of cuda only base, up to 16
+    assignments, between decode and large_batch. Default: the device's first engine."""
     engine = engine or ENGINES[0]
     if tokens <= 1:
         return "moe_decode"
     if engine == "cuda":
-        return "moe_large_batch"
+        return "moe_base" if tokens * top_k <= 16 else "moe_large_batch"
     if tokens <= 16 or engine == "native":
         return "moe_prefill4"
     return "moe_base" if tokens <= 32 else "moe_large_batch"

@@ -97,9 +97,10 @@ def test_family_and_count_by_tokens(use_engine, engine, tokens, dtype, acc):
     layer = make_layer(tokens, hidden, intermediate, 8, 2, DTYPES[dtype], use_fp32_acc=acc)
     layer.run()
     ran = metal_moe.last_dispatch()
-    of_same_family = {"native": min(tokens, 2), "cuda": 33 if tokens > 1 else 1}.get(engine, tokens)
+    family = default_family(tokens, engine)
+    of_same_family = {"moe_decode": 1, "moe_prefill4": 2, "moe_base": 17, "moe_large_batch": 33}[family]
     name, tile_n = metal_moe.select_moe_kernel(of_same_family, acc)
-    assert name.removesuffix("_fp32acc") == default_family(tokens, engine)
+    assert name.removesuffix("_fp32acc") == family
     assert (ran["family"], ran["tile_n"], ran["engine"]) == (name, tile_n, engine)
     assert ran["commits"] == COMMITS.get(ran["engine"], 1)
     assert ran["dispatches"] == len(ran["kernels"]) == dispatches(engine, ran["family"], 2 * tokens, ran["row_tile"])

@@ -44,7 +44,7 @@ def test_kernels_of_a_profile(use_engine, engine):
         assert kernel.encode_seconds > 0 and kernel.bytes > 0
         assert kernel.fraction(1e9) == pytest.approx(kernel.bytes / 1e9 / kernel.seconds)
     # Bytes of weights, as the layer declares them, are those of the experts that 18 slots may choose: all 8.
-    gate_up = p.kernels[1]
+    gate_up = next(kernel for kernel in p.kernels if kernel.kernel.startswith("gate_up"))
     assert gate_up.bytes >= 3 * 8 * 2 * 48 * 64 * 2
     assert p.seconds == pytest.approx(sum(kernel.seconds for kernel in p.kernels))
     assert p.bytes == sum(kernel.bytes for kernel in p.kernels)
@@ -95,7 +95,7 @@ def test_an_operation_that_fails_leaves_no_times():
         with pytest.raises(ValueError, match="moe_simd"):
             layer.run(kernel="moe_simd")
         layer.run()
-    assert all(kernel.timed == 1 for kernel in p.kernels) and len(p.kernels) == 4
+    assert all(kernel.timed == 1 for kernel in p.kernels) and len(p.kernels) == metal_moe.last_dispatch()["dispatches"]
 
 
 def test_results_are_refused_before_the_end():
@@ -178,7 +178,8 @@ def test_command(capsys, format):
     assert result["layer"]["name"] == "GLM-4.7-Flash" and result["layer"]["format"] == (format or "dense")
     assert [row["tokens"] for row in result["results"]] == [1, 5]
     for row in result["results"]:
-        assert len(row["kernels"]) == (3 if row["tokens"] == 1 else 5) == row["dispatches"]
+        few = ENGINES[0] != "native"  # five tokens have few assignments: no `group`
+        assert len(row["kernels"]) == (3 if row["tokens"] == 1 else 5 - few) == row["dispatches"]
         assert row["kernels"][0]["kernel"] == "route"
         products = [kernel["kernel"] for kernel in row["kernels"] if kernel["kernel"].startswith(("gate_up", "down"))]
         assert len(products) == 2 and all(("quantized" in name) == bool(format) for name in products)

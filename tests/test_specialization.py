@@ -140,7 +140,7 @@ def test_parts_whose_experts_differ_have_generic_kernels(use_engine, engine):
         parts = [QuantizedExperts.quantize(w[:3], **one), QuantizedExperts.quantize(w[3:], **{**one, **other})]
         return QuantizedExperts.cat(parts)
 
-    family = metal_moe.select_moe_kernel(2, True)[0] if engine != "cuda" else "moe_large_batch_fp32acc"
+    family = metal_moe.select_moe_kernel(2, True)[0] if engine != "cuda" else "moe_fp32acc"  # base has no other name
     stem = family.replace("moe_", "moe_affine_swiglu_")
     for other in ({"bits": 3}, {"group_size": 64}, {"format": "mxfp4", "group_size": None}):
         assert both(layer, uniform1, mixed(layer.w2, other)) == f"{stem}_4_4_any"

@@ -47,7 +47,9 @@ def check_block(block, tokens, options, *, gate=None, transposed=False):
         logits = F.linear(x[0], gate.weight, getattr(gate, "bias", None))
         out = metal_moe.fused_moe(x[0], w1, w2, logits, **options)
     assert_close(out, reference.to_double(expected.view(tokens, HIDDEN)), type(block).__name__)
-    assert metal_moe.last_dispatch()["family"].removesuffix("_fp32acc") == default_family(tokens)
+    assert metal_moe.last_dispatch()["family"].removesuffix("_fp32acc") == default_family(
+        tokens, top_k=options["top_k"]
+    )
 
 
 def shared_expert(mlp):

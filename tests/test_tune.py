@@ -130,7 +130,7 @@ def test_quantised_weights(table, capsys, device):
     metal_moe.fused_experts(layer.hidden_states, w1, w2, layer.topk_weights, layer.topk_ids)
     assert metal_moe.last_dispatch()["family"].startswith("moe_base")
     layer.run()
-    assert metal_moe.last_dispatch()["family"].startswith(default_family(3))
+    assert metal_moe.last_dispatch()["family"].startswith(default_family(3, top_k=8))
 
 
 def test_layers_use_the_table(table, device):
