@@ -318,10 +318,11 @@ def test_kernels(quick, capsys, tmp_path, device, monkeypatch):
 def test_kernel_table(result):
     entry = {"model": "m", "tokens": 1, "kernel": "some_kernel", "stage": "other", "launches": 1.0, "seconds": 1e-3}
     entry |= {"share": 1.0, "bytes": None, "bandwidth_fraction": None, "operations_per_second": 0.0}
-    twice = [entry, {**entry, "stage": "route"}]
-    text = report.kernels({**result, "kernels": twice})
+    text = report.kernels({**result, "kernels": [entry, {**entry, "stage": "route"}]})
     assert "some_kernel" in text
-    assert text.splitlines()[-1].split()[2:4] == ["all", "2.00"] and "without route 1.00" in text
+    # Milliseconds on a CPU, microseconds on a GPU.
+    twice, once = ("2000", "1000") if report.on_gpu(result) else ("2.00", "1.00")
+    assert text.splitlines()[-1].split()[2:4] == ["all", twice] and f"without route {once}" in text
 
 
 def test_commit(monkeypatch):

@@ -205,7 +205,7 @@ def test_a_fused_w1():
 def test_what_is_refused():
     x, gate_up, down, weights, ids = layer(128, 128, MIXES["6_2_3"], 2, torch.float32)
     apart = down.parts["weight"].codes
-    for offset in (1, 4):
+    for offset in (1, 4) if cases.DEVICE.type == "cpu" else ():  # elsewhere tests' tensors are copied, and then aligned
         moved = torch.cat([apart.new_zeros(offset), apart])[offset:]
         part = Part(moved, *(getattr(down.parts["weight"], name) for name in ("scales", "biases", "table")))
         with pytest.raises(ValueError, match="w2 has codes at an address that is .* beyond a multiple of 16"):

@@ -203,7 +203,7 @@ TEST_F(Batch, AKernelThatCannotBeHadIsNamedEveryTimeAndHarmsNothing) {
     expect_error<std::runtime_error>(
         [&] {
           batch->encode(context, true, nullptr, [&](CommandStream& stream) {
-            stream.use(context.pipelines().get(PipelineCache::CAPACITY - 1, "no_such_kernel", 1));
+            stream.use(context.pipelines().get(PipelineCache::CAPACITY - 1, {"no_such_kernel", 1}));
           });
         },
         "kernel 'no_such_kernel' is not in the library");
