@@ -180,9 +180,9 @@ inline void with_trellis_codebook(uint codebook, thread const Work& work) {
 }
 
 /// work.run<HALF_BITS, CODEBOOK>() for what a matrix has: rates are chosen here, outside of loops. Rates of n + 1/2
-/// exist with mul1 alone.
+/// exist with mul1 alone. Always inlined: a constant rate leaves one of them.
 template <typename Work>
-inline void with_trellis_code(uint half_bits, uint codebook, thread const Work& work) {
+METAL_FUNC void with_trellis_code(uint half_bits, uint codebook, thread const Work& work) {
   switch (half_bits) {
   case 2:
     return with_trellis_codebook<2>(codebook, work);

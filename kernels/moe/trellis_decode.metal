@@ -59,7 +59,7 @@ struct TrellisDecode {
   }
 
   /// `code` once more: of what a barrier lies between, the compiler does not know that it is a constant.
-  void multiply(uint code) thread const {
+  METAL_FUNC void multiply(uint code) thread const {
     with_trellis_code(code ? code_half_bits(code) : half_bits, code ? code_codebook(code) : codebook, *this);
   }
 
@@ -123,7 +123,10 @@ void trellis_gate_up_decode(device const uchar* x [[buffer(0)]], device const in
     product.row.store(b, lane, value);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  product.multiply(gate ? FIRST_MATRIX : SECOND_MATRIX);
+  if (gate || FIRST_MATRIX == SECOND_MATRIX)
+    product.multiply(FIRST_MATRIX);
+  else
+    product.multiply(SECOND_MATRIX);
 }
 
 [[kernel, max_total_threads_per_threadgroup(REGISTER_THREADS)]]

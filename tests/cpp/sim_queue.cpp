@@ -236,6 +236,7 @@ TEST_F(Queue, EventsOrderQueues) {
   open_gate();
   second->waitUntilCompleted();
   EXPECT_EQ(event->signaledValue(), 8u);
+  first->waitUntilCompleted(); // it signals before it has completed
   EXPECT_EQ(first->status(), MTL::CommandBufferStatusCompleted);
   event->setSignaledValue(3);
   EXPECT_EQ(event->signaledValue(), 8u) << "never lower";
