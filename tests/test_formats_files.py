@@ -94,7 +94,7 @@ def test_records_are_what_the_documentation_says():
     assert documented == {name: (offset, dtype.str) for name, (dtype, offset, *_) in RECORD.fields.items()}
     assert RECORD.itemsize == 64
     names = {known.NUMBER: name for name, known in Format.registry.items()}
-    assert names == {1: "affine", 2: "mxfp4", 3: "mxfp8", 4: "nvfp4", 5: "trellis"}
+    assert names == {1: "affine", 2: "mxfp4", 3: "mxfp8", 4: "nvfp4", 5: "trellis", 6: "dense"}
 
 
 def change(state: dict[str, torch.Tensor], field: str, value: int, expert: int = 1) -> dict[str, torch.Tensor]:
