@@ -66,6 +66,7 @@ def abrupt() -> None:
 
 
 def fork() -> None:
+    torch.set_num_threads(1)  # a child has none of the OpenMP threads that PyTorch would wait for
     decode()
     for silent in (True, False):
         child = os.fork()
