@@ -134,7 +134,7 @@ WRONG = [
     ({"bits": 7}, ValueError, "bits is 7; affine has 2, 3, 4, 5, 6, 8"),
     ({"group_size": 16}, ValueError, "group_size is 16; affine has 32, 64, 128"),
     ({"group_size": 128}, ValueError, "192 columns; it must be a multiple of 128"),
-    ({"format": "int4"}, ValueError, "format is 'int4'; it must be one of affine, mxfp4, mxfp8, nvfp4, trellis"),
+    ({"format": "int4"}, ValueError, "it must be one of affine, dense, mxfp4, mxfp8, nvfp4, trellis"),
     ({"codebook": "mcg"}, TypeError, "codebook is given; affine has no such option"),
     ({"scale_dtype": torch.int8}, ValueError, "scale_dtype is torch.int8"),
 ]
