@@ -273,15 +273,91 @@ def test_every_kind_of_checkpoint(kind, capsys, tmp_path):
     assert relative_mse(results[1], results[0]) < 1e-3
 
 
-def test_shared_experts_are_kept_as_they_are(capsys, tmp_path):
+def with_shared(folder, layers=(1,), hidden=64, intermediate=96) -> None:
+    """Dense shared experts, and what weighs them, beside a dense checkpoint's routed ones."""
+    generator = torch.Generator().manual_seed(2)
+    tensors = {}
+    for layer in layers:
+        block = f"model.layers.{layer}.mlp."
+        for name, shape in (
+            ("gate", (intermediate, hidden)),
+            ("up", (intermediate, hidden)),
+            ("down", (hidden, intermediate)),
+        ):
+            tensors[f"{block}shared_expert.{name}_proj.weight"] = torch.randn(shape, generator=generator)
+        tensors[f"{block}shared_expert_gate.weight"] = torch.randn(1, hidden, generator=generator)
+    save_file(tensors, folder / "more.safetensors")
+
+
+def test_shared_experts(capsys, tmp_path):
+    """Quantised, reported and drawn as routed ones are; a layer has none."""
+    dense_checkpoint(tmp_path / "dense", (1, 2), 2)
+    with_shared(tmp_path / "dense")
+    plot = tmp_path / "errors.svg"
+    arguments = ["--format", "affine", "--group-size", "32", "--bits", "3", "--down-bits", "4", "--expert-bits", "1=8"]
+    arguments = ["quantize", tmp_path / "dense", *arguments]
+    result = run_json(capsys, *arguments, "--output", tmp_path / "out", "--plot", plot)
+    with ExpertReader(tmp_path / "dense") as before, ExpertReader(tmp_path / "out") as after:
+        exact, made = before.read(1), after.read(1)
+        assert after.read(2).shared_w1 is None
+    assert torch.equal(made.shared_gate, exact.shared_gate)
+    halves = [exact.shared_w1[:, :96], exact.shared_w1[:, 96:], exact.shared_w2]
+    got = [*made.shared_w1.dequantize().split(96, 1), made.shared_w2.dequantize()]
+    first, second = result["layers"]
+    assert [errors["projection"] for errors in first["projections"]] == [
+        *("gate", "up", "down"),
+        *("shared gate", "shared up", "shared down"),
+    ]
+    assert (first["shared_experts"], second["shared_experts"], len(second["projections"])) == (1, 0, 3)
+    assert first["weights"] == 2 * 3 * 64 * 32 + 3 * 64 * 96
+    for errors, quantised, dense, bits in zip(first["projections"][3:], got, halves, (3, 3, 4), strict=True):
+        assert errors["bits"] == [bits]
+        assert errors["relative_mse"] == [pytest.approx(relative_mse(quantised, dense), rel=1e-5)]
+        same = QuantizedExperts.quantize(dense, format="affine", bits=bits, group_size=32)
+        assert torch.equal(quantised, same.dequantize())
+    drawing = ElementTree.fromstring(plot.read_text())
+    words = {element.text for element in drawing.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"shared gate", "shared up", "shared down"} <= words
+    assert len(list(drawing.iter("{http://www.w3.org/2000/svg}circle"))) == 2 * 3 + 3
+    status, out, err = run(capsys, *arguments, "--output", tmp_path / "more", "--shared-bits", "6", "--layers", "1")
+    assert status == 0 and "layer 1 (1 of 1) shared down [########################] 100%" in err
+    assert [line.split()[1:4] for line in out.splitlines()[5:8]] == [["shared", p, "6"] for p in ("gate", "up", "down")]
+
+
+def test_shared_experts_with_calibration(capsys, tmp_path):
+    """They see the inputs that routed ones see; down is calibrated on what their own gate and up make of them."""
+    dense_checkpoint(tmp_path / "dense", (1,), 1, hidden=128, intermediate=128)
+    with_shared(tmp_path / "dense", hidden=128, intermediate=128)
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(256, 8, generator=generator) @ torch.randn(8, 128, generator=generator)
+    inputs += 0.1 * torch.randn(256, 128, generator=generator)
+    save_file({"model.layers.1.mlp.hidden_states": inputs}, tmp_path / "calibration.safetensors")
+    arguments = ["--bits", "6", "--calibration", tmp_path / "calibration.safetensors"]
+    result = run_json(capsys, "quantize", tmp_path / "dense", "--output", tmp_path / "out", *arguments)
+    with ExpertReader(tmp_path / "dense") as before, ExpertReader(tmp_path / "out") as after:
+        exact, made = before.read(1), after.read(1)
+    gate, up = exact.shared_w1[0].split(128)
+    hidden = torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)
+    got = [*made.shared_w1.dequantize()[0].split(128), made.shared_w2.dequantize()[0]]
+    cases = zip((inputs, inputs, hidden), (gate, up, exact.shared_w2[0]), got, strict=True)
+    for errors, (x, weights, quantised) in zip(result["layers"][0]["projections"][3:], cases, strict=True):
+        output_mse = relative_mse(x @ quantised.T, x @ weights.T)
+        assert errors["relative_output_mse"] == [pytest.approx(output_mse, rel=1e-3)]
+        assert output_mse < 0.6 * errors["relative_mse"][0]
+
+
+def test_shared_experts_that_are_kept(capsys, tmp_path):
     dense_checkpoint(tmp_path / "dense", (1,), 2)
-    shared = {
-        f"model.layers.1.mlp.shared_experts.{name}_proj.weight": torch.randn(shape)
-        for name, shape in (("gate", (96, 64)), ("up", (96, 64)), ("down", (64, 96)))
-    }
-    save_file(shared, tmp_path / "dense" / "more.safetensors")
-    run_json(capsys, "quantize", tmp_path / "dense", "--output", tmp_path / "out", "--format", "mxfp4")
+    with_shared(tmp_path / "dense", intermediate=72)
+    arguments = ["quantize", tmp_path / "dense", "--output", tmp_path / "out", "--format", "mxfp4"]
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert "shared experts of layer 1: QuantizedExperts.quantize: the matrix has 72 columns" in err
+    assert "--keep-shared leaves them" in err
+    result = run_json(capsys, *arguments, "--keep-shared")
+    assert result["layers"][0]["shared_experts"] == 0 and len(result["layers"][0]["projections"]) == 3
     with ExpertReader(tmp_path / "dense") as before, ExpertReader(tmp_path / "out") as after:
         exact, kept = before.read(1), after.read(1)
-    assert torch.equal(kept.shared_w1, exact.shared_w1) and torch.equal(kept.shared_w2, exact.shared_w2)
-    assert kept.shared_w1.shape == (1, 192, 64)
+    for name in ("shared_w1", "shared_w2", "shared_gate"):
+        assert torch.equal(getattr(kept, name), getattr(exact, name))
+    assert kept.shared_w1.shape == (1, 144, 64)

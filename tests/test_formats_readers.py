@@ -428,7 +428,33 @@ WRONG_SHARED = {
         lambda t: {**t, "model.layers.1.mlp.shared_expert_gate.weight": torch.zeros(2, 128)},
         r"is torch.float32 \[2, 128\]; it must be float \[1, 128\]",
     ),
+    "metal-moe's beside dense ones": (
+        lambda t: {**t, **own_shared()},
+        "there are w1 or w2 and down_proj; they must be of one kind",
+    ),
+    "metal-moe's without w2": (
+        lambda t: only_own_shared(t, lambda name: ".w2." not in name),
+        "shared_experts.w2: no tensor 'weight.table' or 'gate.table'",
+    ),
+    "metal-moe's without codes": (
+        lambda t: only_own_shared(t, lambda name: not name.endswith("w1.weight.codes")),
+        "shared_experts.w1: the tensor 'weight.codes' is missing",
+    ),
+    "metal-moe's of sizes that differ": (
+        lambda t: only_own_shared(t, columns=64),
+        r"w1 \[1, 256, 128\] and w2 \[1, 128, 64\] do not fit; they must be \[N, 2I, H\] and \[N, H, I\]",
+    ),
 }
+
+
+def own_shared(columns: int = 128) -> dict[str, torch.Tensor]:
+    w1, w2 = (QuantizedExperts.quantize(torch.ones(1, *shape)) for shape in ((256, 128), (128, columns)))
+    return {**w1.state_dict(SHARED + "w1."), **w2.state_dict(SHARED + "w2.")}
+
+
+def only_own_shared(tensors, keep=lambda name: True, columns: int = 128) -> dict[str, torch.Tensor]:
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(SHARED)}
+    return others | {name: tensor for name, tensor in own_shared(columns).items() if keep(name)}
 
 
 @pytest.mark.parametrize("case", WRONG_SHARED)

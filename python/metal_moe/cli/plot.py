@@ -7,17 +7,21 @@ from html import escape
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 40, 50
 # Distinguishable with any colour vision (Okabe and Ito).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def log_chart(
-    title: str, x_label: str, y_label: str, x: Sequence[int], series: Mapping[str, Sequence[tuple[float, float, float]]]
+    title: str,
+    x_label: str,
+    y_label: str,
+    x: Sequence[int],
+    series: Mapping[str, Sequence[tuple[float, float, float] | None]],
 ) -> str:
     """SVG text. Each series has (lowest, mean, highest) for each x: a line of means, a bar from lowest to highest.
 
-    Values that are 0 have no logarithm and are drawn at the chart's foot.
+    Values that are 0 have no logarithm and are drawn at the chart's foot. None: there is no point.
     """
-    positive = [value for points in series.values() for point in points for value in point if value > 0]
+    positive = [value for points in series.values() for point in points for value in point or () if value > 0]
     low = math.floor(math.log10(min(positive, default=0.1)))
     high = max(low + 1, math.ceil(math.log10(max(positive, default=1.0))))
     span = max(1, max(x) - min(x))
@@ -50,7 +54,7 @@ def log_chart(
         colour = COLOURS[index % len(COLOURS)]
         # Beside one another, so that bars of equal height can be told apart.
         shift = 4 * (index - (len(series) - 1) / 2)
-        places = [(across(value) + shift, point) for value, point in zip(x, points, strict=True)]
+        places = [(across(value) + shift, point) for value, point in zip(x, points, strict=True) if point]
         line = " ".join(f"{at:.1f},{up(mean):.1f}" for at, (_, mean, _) in places)
         out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         for at, (lowest, mean, highest) in places:

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,12 +18,13 @@ from ..formats.checkpoint import INDEX
 from ..formats.errors import ProjectionErrors, projection_errors
 from ..formats.layout import CODEBOOKS, Format
 from ..formats.safetensors_file import save_safetensors
+from ..formats.shared_experts import GATE_OF_ALL
 from ..formats.viterbi import nearest_walks
 from .plot import log_chart
 from .text import DTYPES, Bar, Progress, gigabytes, table
 
 NAME = "quantize"
-HELP = "quantise the routed experts of a checkpoint; errors by layer"
+HELP = "quantise the experts of a checkpoint, shared ones too; errors by layer"
 
 REPORT = "quantization_report.json"
 PROJECTIONS = ("gate", "up", "down")
@@ -48,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="EXPERT=BITS",
         help="bits of one expert",
     )
+    shared = parser.add_mutually_exclusive_group()
+    shared.add_argument("--shared-bits", type=float, metavar="BITS", help="of shared experts, if others")
+    shared.add_argument("--keep-shared", action="store_true", help="write shared experts as they are")
     parser.add_argument("--group-size", type=int, help="affine: 32, 64 or 128 (default: 64)")
     parser.add_argument(
         "--scale-dtype", choices=DTYPES, help="affine: of scales (default: the checkpoint's; bf16 if that is quantised)"
@@ -102,12 +106,11 @@ def run(options: argparse.Namespace, progress: Progress) -> dict:
                 Bar(progress, f"layer {layer} ({index + 1} of {len(layers)})"),
             )
             file = f"model-{index + 1:05}-of-{len(layers):05}.safetensors"
-            prefix = report["block"] + "experts."
             state = {
                 name: t
                 for target, each in quantised.items()
-                for name, t in each.state_dict(f"{prefix}{target}.").items()
-            } | reader.shared_tensors(layer)
+                for name, t in each.state_dict(f"{report['block']}{target}.").items()
+            } | _kept(reader, layer, options.keep_shared)
             save_safetensors(options.output / file, state, {"format": "metal_moe"})
             weight_map |= dict.fromkeys(state, file)
             size = sum(tensor.nbytes for tensor in state.values())
@@ -200,27 +203,111 @@ def _dense(experts: LayerExperts) -> dict[str, Tensor]:
     return dense
 
 
-def _quantize_layer(
-    experts: LayerExperts, calibration: Checkpoint | None, options: argparse.Namespace, device: torch.device, bar: Bar
-) -> tuple[dict[str, QuantizedExperts], dict]:
+def _shared(experts: LayerExperts) -> LayerExperts:
+    """The shared experts as experts of their own, which see the same inputs."""
+    return replace(
+        experts,
+        w1=experts.shared_w1,
+        w2=experts.shared_w2,
+        w1_bias=None,
+        w2_bias=None,
+        interleaved=False,
+        routing_scale=1.0,
+    )
+
+
+def _kept(reader: ExpertReader, layer: int, keep_shared: bool) -> dict[str, Tensor]:
+    """What of a layer is written unchanged: shared experts if wanted, and otherwise what weighs them."""
+    if keep_shared:
+        return reader.shared_tensors(layer)
+    return {name: tensor for name, tensor in reader.shared_tensors(layer).items() if f".{GATE_OF_ALL}." in name}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Experts of one kind in a layer, dense, and how they are to be quantised."""
+
+    name: str
+    """Of the tensors: "experts" or "shared_experts"."""
+    label: str
+    """In front of a projection in reports."""
+    dense: dict[str, Tensor]
+    bits: dict[str, list[float] | None]
+    activation: str
+    scale_dtype: torch.dtype
+
+    @property
+    def count(self) -> int:
+        return self.dense["gate"].shape[0]
+
+    def units(self, trellis: bool) -> int:
+        """Steps of the bar: tiles of trellis weights, otherwise experts."""
+        each = (self.dense[projection] for projection in PROJECTIONS)
+        if not trellis:
+            return len(PROJECTIONS) * self.count
+        return sum(self.count * math.prod(128 * -(-size // 128) // 16 for size in of.shape[1:]) for of in each)
+
+
+def _task(experts: LayerExperts, options: argparse.Namespace, shared: bool) -> _Task:
     dense = _dense(experts)
-    count = dense["gate"].shape[0]
-    bits = _bits(options, count)
-    inputs = None if calibration is None else _inputs(calibration, experts.block, dense["gate"].shape[2], device)
-    activation = options.activation or ("swiglu_clamp" if experts.interleaved else "silu")
-    trellis = options.format == "trellis"
     scale_dtype = torch.bfloat16 if isinstance(experts.w1, QuantizedExperts) else experts.w1.dtype
     if options.scale_dtype:
         scale_dtype = DTYPES[options.scale_dtype]
+    return _Task(
+        "shared_experts" if shared else "experts",
+        "shared " if shared else "",
+        dense,
+        _bits(options, dense["gate"].shape[0], shared),
+        options.activation or ("swiglu_clamp" if experts.interleaved else "silu"),
+        scale_dtype,
+    )
 
-    def units(of: Tensor) -> int:
-        return of.shape[0] * (math.prod(128 * -(-size // 128) // 16 for size in of.shape[1:]) if trellis else 1)
 
-    bar.begin(sum(units(dense[projection]) for projection in PROJECTIONS))
+def _quantize_layer(
+    experts: LayerExperts, calibration: Checkpoint | None, options: argparse.Namespace, device: torch.device, bar: Bar
+) -> tuple[dict[str, QuantizedExperts], dict]:
+    """Experts by the name of their tensors ("experts.w1", ...), and the layer's report."""
+    tasks = [_task(experts, options, False)]
+    if experts.shared_w1 is not None and not options.keep_shared:
+        tasks.append(_task(_shared(experts), options, True))
+    hidden = tasks[0].dense["gate"].shape[2]
+    inputs = None if calibration is None else _inputs(calibration, experts.block, hidden, device)
+    bar.begin(sum(task.units(options.format == "trellis") for task in tasks))
+    made: dict[str, QuantizedExperts] = {}
+    errors: list[ProjectionErrors] = []
+    for task in tasks:
+        try:
+            w1, w2, found = _quantize_experts(task, inputs, options, device, bar)
+        except ValueError as error:
+            if not task.label:
+                raise
+            raise ValueError(f"shared experts of layer {experts.layer}: {error}; --keep-shared leaves them") from None
+        made |= {f"{task.name}.w1": w1, f"{task.name}.w2": w2}
+        errors += found
+    weights = {name: of.shape.numel() for name, of in made.items()}
+    report = {
+        "layer": experts.layer,
+        "block": experts.block,
+        "source": experts.source,
+        "experts": tasks[0].count,
+        "shared_experts": tasks[1].count if len(tasks) > 1 else 0,
+        "weights": sum(weights.values()),
+        "bits_per_weight": sum(made[name].bits_per_weight * weights[name] for name in made) / sum(weights.values()),
+        "projections": [asdict(each) for each in errors],
+    }
+    return made, report
+
+
+def _quantize_experts(
+    task: _Task, inputs: Tensor | None, options: argparse.Namespace, device: torch.device, bar: Bar
+) -> tuple[QuantizedExperts, QuantizedExperts, list[ProjectionErrors]]:
+    """w1 and w2, and the errors of gate, up and down."""
+    dense, count, trellis = task.dense, task.count, options.format == "trellis"
     first = None if inputs is None else input_hessian(inputs)
     made: dict[str, QuantizedExperts] = {}
     errors: list[ProjectionErrors] = []
     for projection in PROJECTIONS:
+        label = task.label + projection
         step = count
         if inputs is not None and projection == "down":
             step = max(1, HESSIAN_ELEMENTS // dense["down"].shape[2] ** 2)
@@ -228,29 +315,30 @@ def _quantize_layer(
         for begin in range(0, count, step):
             some = range(begin, min(count, begin + step))
             weights = dense[projection][begin : begin + step].to(device)
+            bits = task.bits[projection]
             hessian = first
             if inputs is not None and projection == "down":
-                seen = [_seen(inputs, dense, expert, activation) for expert in some]
+                seen = [_seen(inputs, dense, expert, task.activation) for expert in some]
                 hessian = torch.stack([input_hessian(each) for each in seen])
             quantised = QuantizedExperts.quantize(
                 weights,
                 format=options.format,
-                bits=None if bits[projection] is None else [bits[projection][expert] for expert in some],
+                bits=None if bits is None else [bits[expert] for expert in some],
                 group_size=options.group_size,
                 hessian=hessian,
                 **({"codebook": options.codebook} if options.codebook else {}),
-                **({"scale_dtype": scale_dtype} if options.format == "affine" else {}),
-                **({"seed": options.seed, "walks": _counted(bar, projection)} if trellis else {}),
+                **({"scale_dtype": task.scale_dtype} if options.format == "affine" else {}),
+                **({"seed": options.seed, "walks": _counted(bar, label)} if trellis else {}),
             )
             if not trellis:
-                bar.add(len(some), projection)
-            found.append(projection_errors(projection, weights, quantised, hessian))
+                bar.add(len(some), label)
+            found.append(projection_errors(label, weights, quantised, hessian))
             pieces.append(quantised.to("cpu"))
         made[projection] = QuantizedExperts.cat(pieces) if len(pieces) > 1 else pieces[0]
         outputs = [value for each in found for value in each.relative_output_mse or ()]
         errors.append(
             ProjectionErrors(
-                projection,
+                label,
                 [value for each in found for value in each.bits],
                 [value for each in found for value in each.relative_mse],
                 outputs or None,
@@ -259,25 +347,19 @@ def _quantize_layer(
     biases = {name: dense[f"{name}_bias"].contiguous() for name in PROJECTIONS if f"{name}_bias" in dense}
     w1_bias = torch.cat([biases["gate"], biases["up"]], 1) if "gate" in biases else None
     w1 = QuantizedExperts({name: made[name].parts["weight"] for name in ("gate", "up")}, w1_bias)
-    w2 = QuantizedExperts(made["down"].parts, biases.get("down"))
-    report = {
-        "layer": experts.layer,
-        "block": experts.block,
-        "source": experts.source,
-        "experts": count,
-        "weights": sum(dense[projection].numel() for projection in PROJECTIONS),
-        "bits_per_weight": (2 * w1.bits_per_weight + w2.bits_per_weight) / 3,
-        "projections": [asdict(each) for each in errors],
-    }
-    return {"w1": w1, "w2": w2}, report
+    return w1, QuantizedExperts(made["down"].parts, biases.get("down")), errors
 
 
-def _bits(options: argparse.Namespace, experts: int) -> dict[str, list[float] | None]:
+def _bits(options: argparse.Namespace, experts: int, shared: bool) -> dict[str, list[float] | None]:
     """Per projection and expert; None where the user left it to the format."""
     chosen = {}
     for projection in PROJECTIONS:
         own = getattr(options, f"{projection}_bits")
         bits = options.bits if own is None else own
+        if shared:
+            bits = bits if options.shared_bits is None else options.shared_bits
+            chosen[projection] = None if bits is None else [bits] * experts
+            continue
         if bits is None and options.expert_bits:
             raise ValueError("--expert-bits is given without --bits: name the other experts' bits too")
         chosen[projection] = None if bits is None else [bits] * experts
@@ -322,9 +404,11 @@ def _counted(bar: Bar, projection: str) -> Callable[[Tensor, float, str], Tensor
 
 def _plot(result: dict) -> str:
     layers = result["layers"]
-    series = {}
-    for index, projection in enumerate(PROJECTIONS):
-        values = [layer["projections"][index]["relative_mse"] for layer in layers]
-        series[projection] = [(min(mse), sum(mse) / len(mse), max(mse)) for mse in values]
+    names = dict.fromkeys(errors["projection"] for layer in layers for errors in layer["projections"])
+    series = {name: [None] * len(layers) for name in names}
+    for place, layer in enumerate(layers):
+        for errors in layer["projections"]:
+            mse = errors["relative_mse"]
+            series[errors["projection"]][place] = (min(mse), sum(mse) / len(mse), max(mse))
     title = f"{Path(result['checkpoint']).name}, {result['format']}: relative MSE, lowest to highest expert"
     return log_chart(title, "layer", "relative MSE", [layer["layer"] for layer in layers], series)

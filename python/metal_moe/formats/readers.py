@@ -14,7 +14,7 @@ Which tensors make up a layer is told by their names alone. L is the layer, E th
 | metal-moe | `P.experts.{w1,w2}.{weight,gate,up}.{codes,scales,biases,table}`, `P.experts.{w1,w2}.bias` |
 
 Shared experts are `P.shared_experts.{gate,up,down}_proj` or `P.shared_expert...` with tensors as for exl3, mlx or dense
-experts, whatever the routed ones are; `P.shared_expert_gate` weighs them.
+experts, whatever the routed ones are, or as metal-moe's; `P.shared_expert_gate` weighs them.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class LayerExperts:
     """Of a dense w1; a quantised one has its own."""
     w2_bias: Tensor | None = None
     shared_w1: QuantizedExperts | Tensor | None = None
-    """The shared experts, [1, 2Is, H]: models that have several store them as one."""
+    """The shared experts, [N, 2Is, H]: models that have several store them as one."""
     shared_w2: QuantizedExperts | Tensor | None = None
     shared_gate: Tensor | None = None
     """[1, H]: shared_weights are sigmoid(x @ shared_gate.T)."""

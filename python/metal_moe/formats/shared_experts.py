@@ -1,4 +1,4 @@
-"""The shared experts of a checkpoint's layer: one MLP beside the routed experts, in any of three kinds of tensors."""
+"""The shared experts of a checkpoint's layer: one MLP beside the routed experts, in any of four kinds of tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .modules import mlx_quantization
 from .part import make_part
-from .quantized_experts import GATE_UP, QuantizedExperts
+from .quantized_experts import BUFFERS, GATE_UP, QuantizedExperts
 from .stacked import one_by_one
 from .trellis import stack_exl3
 
@@ -18,13 +18,17 @@ _TENSORS = ("weight", "scales", "biases", "trellis", "suh", "svh", "su", "sv", "
 _PATTERN = re.compile(
     rf"(?P<block>.*\.)shared_expert(?:s?\.(?P<projection>gate|up|down)_proj|_gate)\.(?P<tensor>{'|'.join(_TENSORS)})"
 )
+# As `metal-moe quantize` writes them.
+_OWN = re.compile(
+    rf"(?P<block>.*\.)shared_experts\.(?P<projection>w1|w2)\.(?P<tensor>(?:weight|gate|up)\.(?:{'|'.join(BUFFERS)}))"
+)
 # Of the names that `find` gives.
 GATE_OF_ALL = "shared_expert_gate"
 
 
 def find(name: str, found: dict[str, dict[str, dict[str, str]]]) -> None:
     """Adds a tensor of a shared expert to `found`: block -> projection or GATE_OF_ALL -> tensor -> name."""
-    match = _PATTERN.fullmatch(name)
+    match = _PATTERN.fullmatch(name) or _OWN.fullmatch(name)
     if match:
         projection = match["projection"] or GATE_OF_ALL
         found.setdefault(match["block"], {}).setdefault(projection, {})[match["tensor"]] = name
@@ -33,6 +37,20 @@ def find(name: str, found: dict[str, dict[str, dict[str, str]]]) -> None:
 def read(block: str, names: dict[str, dict[str, str]], checkpoint: Checkpoint) -> dict:
     """`shared_w1`, `shared_w2`, `shared_gate` of LayerExperts; ValueError where tensors are missing or do not fit."""
     where = block + "shared_expert"
+    made = (
+        _own(where, names, checkpoint) if "w1" in names or "w2" in names else _of_projections(where, names, checkpoint)
+    )
+    gate, down = made["shared_w1"].shape, made["shared_w2"].shape
+    if gate[0] != down[0] or gate[1] != 2 * down[2] or gate[2] != down[1]:
+        raise ValueError(
+            f"{where}s: w1 {list(gate)} and w2 {list(down)} do not fit; they must be [N, 2I, H] and [N, H, I]"
+        )
+    if GATE_OF_ALL in names:
+        made["shared_gate"] = _gate(names[GATE_OF_ALL], gate[2], checkpoint)
+    return made
+
+
+def _of_projections(where: str, names: dict, checkpoint: Checkpoint) -> dict:
     for projection in ("gate", "up", "down"):
         if not names.get(projection):
             raise ValueError(f"a tensor is missing: {where}s.{projection}_proj")
@@ -41,14 +59,20 @@ def read(block: str, names: dict[str, dict[str, str]], checkpoint: Checkpoint) -
     kinds = {_kind(names[projection]) for projection in ("gate", "up", "down")}
     if len(kinds) > 1:
         raise ValueError(f"{where}s: gate, up and down are {' and '.join(sorted(kinds))}; they must be of one kind")
-    made = {"exl3": _exl3, "mlx": _mlx, "dense": _dense}[kinds.pop()](where, names, checkpoint)
-    gate, down = made["shared_w1"].shape, made["shared_w2"].shape
-    if gate[1] != 2 * down[2] or gate[2] != down[1]:
-        raise ValueError(
-            f"{where}s: w1 {list(gate)} and w2 {list(down)} do not fit; they must be [1, 2I, H] and [1, H, I]"
-        )
-    if GATE_OF_ALL in names:
-        made["shared_gate"] = _gate(names[GATE_OF_ALL], gate[2], checkpoint)
+    return {"exl3": _exl3, "mlx": _mlx, "dense": _dense}[kinds.pop()](where, names, checkpoint)
+
+
+def _own(where: str, names: dict, checkpoint: Checkpoint) -> dict:
+    others = sorted(name for name in names if name not in ("w1", "w2", GATE_OF_ALL))
+    if others:
+        raise ValueError(f"{where}s: there are w1 or w2 and {others[0]}_proj; they must be of one kind")
+    made = {}
+    for target in ("w1", "w2"):
+        state = {tensor: checkpoint.get(name) for tensor, name in names.get(target, {}).items()}
+        try:
+            made[f"shared_{target}"] = QuantizedExperts.from_state_dict(state)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}s.{target}: {error}") from None
     return made
 
 
