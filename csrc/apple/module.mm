@@ -6,6 +6,7 @@
 #include "capture.h"
 #include "residency.h"
 
+#include "../bindings/gil.h"
 #include "../bindings/tensors.h"
 #include "../moe/engine.h"
 
@@ -30,7 +31,7 @@ std::unique_ptr<apple::Residency> keep_resident(std::string_view engine, const s
     kept.push_back(view.buffer);
     buffers.push_back(view.buffer.get());
   }
-  const py::gil_scoped_release release;
+  const GilRelease release;
   at::mps::MPSStream* stream = at::mps::getCurrentMPSStream();
   auto* queue = apple::metal_object<MTL::CommandQueue>(stream->commandQueue());
   return std::make_unique<apple::Residency>(context.device(), queue, buffers);

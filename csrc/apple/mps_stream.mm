@@ -7,6 +7,7 @@
 #include "stream_scratch.h"
 #include "torch_mps.h"
 
+#include "../bindings/gil.h"
 #include "../bindings/torch_stream.h"
 #include "../core/observer.h"
 
@@ -48,7 +49,7 @@ void encode_timed(Context& context, at::mps::MPSStream* stream, const CommandStr
 } // namespace
 
 void run_on_current_stream(Context& context, const std::function<void(CommandStream&)>& encode) {
-  const pybind11::gil_scoped_release release;
+  const GilRelease release;
   if (apple::uses_own_queue()) {
     apple::run_on_own_queue(context, encode);
     return;
@@ -70,7 +71,7 @@ void run_on_current_stream(Context& context, const std::function<void(CommandStr
 }
 
 void release_stream_scratch(Context&) {
-  const pybind11::gil_scoped_release release;
+  const GilRelease release;
   at::mps::MPSStream* stream = at::mps::getCurrentMPSStream();
   apple::StreamScratch& scratch = apple::StreamScratch::of(stream);
   auto run = [&] { scratch.release_after(apple::metal_object<MTL::CommandBuffer>(stream->commandBuffer())); };

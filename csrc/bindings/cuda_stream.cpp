@@ -1,5 +1,7 @@
 #include "cuda_stream.h"
 
+#include "gil.h"
+
 #include <algorithm>
 #include <atomic>
 #include <charconv>
@@ -55,7 +57,7 @@ const TorchCalls& torch_calls() {
 } // namespace
 
 TorchScratch::~TorchScratch() {
-  const py::gil_scoped_acquire lock;
+  const GilAcquire lock;
   for (PyObject* tensor : tensors_)
     Py_DECREF(tensor);
   if (total_)
@@ -77,7 +79,7 @@ BufferView TorchScratch::allocate(size_t bytes) {
 }
 
 void TorchScratch::add_block(size_t bytes) {
-  const py::gil_scoped_acquire lock;
+  const GilAcquire lock;
   const TorchCalls& torch = torch_calls();
   const auto call = [](PyObject* function) { return py::reinterpret_borrow<py::object>(function); };
   const py::object device = call(torch.device)("cuda", device_);
@@ -105,7 +107,7 @@ void run_on_current_stream(Context& context, const std::function<void(CommandStr
   const int device = cuda_device_number(context.engine());
   void* handle = current_cuda_stream(device);
   TorchScratch scratch(context, device);
-  const py::gil_scoped_release release;
+  const GilRelease release;
   CallerStream stream(context, handle, [&](size_t bytes) { return scratch.allocate(bytes); });
   encode(*stream);
   stream.commit();

@@ -2,6 +2,7 @@
 // CPU tensors an operation runs to its end, on CUDA and MPS tensors it is encoded on PyTorch's current stream; each
 // without the interpreter's lock.
 #include "experts_call.h"
+#include "gil.h"
 #include "known_calls.h"
 #include "run.h"
 #include "streams.h"
@@ -385,11 +386,10 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<>())
       .def("stop", &Profile::stop)
       .def("kernels", &profile_kernels);
-  m.def("collect", &collect, py::call_guard<py::gil_scoped_release>(),
-        "Waits for times that devices have yet to tell.");
+  m.def("collect", &collect, py::call_guard<GilRelease>(), "Waits for times that devices have yet to tell.");
   m.def("start_log", &start_log, "Dispatches and commits as lines on stderr.");
   m.def("start_trace", &start_trace, "path"_a, "Writes a Chrome trace from now on.");
-  m.def("stop_log_and_trace", &stop_log_and_trace, py::call_guard<py::gil_scoped_release>());
+  m.def("stop_log_and_trace", &stop_log_and_trace, py::call_guard<GilRelease>());
   m.def("device_info", &device_info, "engine"_a);
   m.def("pool_stats", &pool_stats, "engine"_a, "Scratch buffers: counts and bytes.");
   m.def("pool_trim", &pool_trim, "engine"_a, "Frees idle scratch buffers; returns the bytes freed.");
@@ -405,7 +405,7 @@ PYBIND11_MODULE(_core, m) {
          const std::map<uint32_t, uint32_t>& constants) {
         std::string image;
         {
-          const py::gil_scoped_release release;
+          const GilRelease release;
           image = compile_cuda_kernel(library, kernel, constants, architecture);
         }
         return py::bytes(image);

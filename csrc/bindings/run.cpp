@@ -1,5 +1,7 @@
 #include "run.h"
 
+#include "gil.h"
+
 #include <vector>
 
 namespace py = pybind11;
@@ -11,7 +13,7 @@ std::shared_ptr<void> keep_alive(std::span<PyObject* const> objects, PyObject* a
   std::shared_ptr<void> owner(kept, [](std::vector<PyObject*>* let_go) {
     if (!Py_IsInitialized())
       return; // nobody is left to give them to
-    const py::gil_scoped_acquire lock;
+    const GilAcquire lock;
     for (PyObject* object : *let_go)
       Py_DECREF(object);
     delete let_go;
@@ -33,7 +35,7 @@ void settle_batch() {
   LayerBatch* batch = LayerBatch::current();
   if (!batch)
     return;
-  const py::gil_scoped_release release;
+  const GilRelease release;
   batch->synchronize();
 }
 

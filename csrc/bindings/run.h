@@ -1,6 +1,7 @@
 // How an operation of the module runs: in the thread's batch, on PyTorch's stream, or at once and to its end.
 #pragma once
 
+#include "gil.h"
 #include "torch_stream.h"
 
 #include "../core/layer_batch.h"
@@ -37,7 +38,7 @@ void run_at_once(MoeEngine& engine, const Encode& encode) {
     run_on_current_stream(engine.context(), encode);
     return;
   }
-  const pybind11::gil_scoped_release release;
+  const GilRelease release;
   StreamLease stream(engine.context());
   encode(*stream);
   stream->synchronize();
@@ -51,7 +52,7 @@ void run(MoeEngine& engine, const char* operation, const Keep& keep, const Encod
   const ObservedOperation observed = begin_operation(engine, operation);
   if (LayerBatch* batch = LayerBatch::current()) [[unlikely]] {
     std::shared_ptr<void> kept = keep();
-    const pybind11::gil_scoped_release release;
+    const GilRelease release;
     last_dispatch().layer_batch = "encoded";
     if (batch->encode(engine.context(), is_layer, std::move(kept), encode))
       return;

@@ -1,5 +1,6 @@
 #include "streams.h"
 
+#include "gil.h"
 #include "run.h"
 
 #include <pybind11/stl.h>
@@ -16,7 +17,7 @@ namespace {
 class PyStream {
   template <class Use>
   auto use(const char* operation, const Use& function) {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     return stream_->use(operation, function);
   }
 
@@ -35,7 +36,7 @@ public:
       std::thread([stream = std::move(stream_)] { stream->close(); }).detach();
       return;
     }
-    const py::gil_scoped_release release;
+    const GilRelease release;
     stream_.reset();
   }
   PyStream(const PyStream&) = delete;
@@ -74,7 +75,7 @@ public:
     auto kept = keep_alive({}, function);
     use("on_completed", [&](CommandStream& stream) {
       stream.on_completed([kept = std::move(kept), function](const Completion& completion) {
-        const py::gil_scoped_acquire lock;
+        const GilAcquire lock;
         try {
           py::reinterpret_borrow<py::object>(function)(
               completion.gpu_start, completion.gpu_end,
@@ -87,11 +88,11 @@ public:
   }
 
   void close() {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     stream_->close();
   }
   bool closed() const {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     return stream_->is_closed();
   }
 
@@ -112,28 +113,28 @@ void define_streams(py::module_& m) {
   py::class_<LayerBatch, std::shared_ptr<LayerBatch>>(m, "LayerBatch")
       .def(py::init<uint32_t, bool>(), "layers"_a, "waits"_a)
       .def("enter", &LayerBatch::enter)
-      .def("leave", &LayerBatch::leave, py::call_guard<py::gil_scoped_release>())
+      .def("leave", &LayerBatch::leave, py::call_guard<GilRelease>())
       .def(
           "commit",
           [](LayerBatch& batch) {
             check_thread(batch, "commit");
             batch.commit();
           },
-          py::call_guard<py::gil_scoped_release>())
+          py::call_guard<GilRelease>())
       .def(
           "synchronize",
           [](LayerBatch& batch) {
             check_thread(batch, "synchronize");
             batch.synchronize();
           },
-          py::call_guard<py::gil_scoped_release>())
+          py::call_guard<GilRelease>())
       .def(
           "discard",
           [](LayerBatch& batch) {
             check_thread(batch, "cancel");
             batch.discard();
           },
-          py::call_guard<py::gil_scoped_release>())
+          py::call_guard<GilRelease>())
       .def_property_readonly("entered", &LayerBatch::entered)
       .def_property_readonly("statistics", [](const LayerBatch& batch) {
         const LayerBatch::Statistics& s = batch.statistics();

@@ -1,4 +1,6 @@
 // metal_moe._core: what was measured on a device, given to its engine.
+#include "gil.h"
+
 #include "../moe/engine.h"
 
 #include <pybind11/pybind11.h>
@@ -61,7 +63,7 @@ void on_new_engine(const py::function& handler) {
   // Never freed: the interpreter may end before the last engine is made.
   auto* kept = new py::function(handler);
   MoeEngine::on_new([kept](std::string_view name, MoeEngine& engine) {
-    const py::gil_scoped_acquire lock;
+    const GilAcquire lock;
     try {
       (*kept)(name, engine.context().device_name());
     } catch (py::error_already_set& error) {
