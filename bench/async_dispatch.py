@@ -31,6 +31,7 @@ from async_bench.plot import draw
 from layer_bench import result as files
 from layer_bench.cases import MODELS, make_case, make_layer
 from layer_bench.environment import environment
+from layer_bench.outcome import exit_status
 from layer_bench.plot import require
 from metal_moe.cli.demo import TOLERANCES
 from metal_moe.cli.text import DTYPES, Progress
@@ -123,10 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         print(f"async_dispatch: {error}", file=sys.stderr)
         return 1
-    failures = verdict.failures(measured)
-    for line in failures:
-        print(f"FAILED: {line}", file=sys.stderr)
-    return 1 if failures else 0
+    return exit_status(verdict.failures(measured))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import metal_moe
 import torch
 from layer_bench import result
 from layer_bench.environment import environment
+from layer_bench.outcome import exit_status
 from metal_moe.cli.demo import TOLERANCES
 from metal_moe.cli.text import DTYPES, Progress, table
 from metal_moe.reference import relative_error
@@ -227,10 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         print(f"linear: {error}", file=sys.stderr)
         return 1
-    problems = failures(measured)
-    for problem in problems:
-        print(f"FAILED: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return exit_status(failures(measured))
 
 
 if __name__ == "__main__":

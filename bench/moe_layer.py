@@ -1,6 +1,6 @@
 """Layers of real models beside PyTorch's own ways to compute them: time, fraction of the floor, ratio, error.
 
-    python bench/moe_layer.py [--device cuda] [--model mixtral qwen3 ...] [--tokens 1 4 16 ...] [--kernels]
+    python bench/moe_layer.py [--device cuda|mps] [--model mixtral qwen3 ...] [--tokens 1 4 16 ...] [--kernels]
         [--format affine4 ...] [--json FILE] [--plot FILE] [--compare FILE] [--load FILE]
 
 The experts of a layer, given routes, without the shared ones; silu is the activation of all. Each implementation takes
@@ -22,28 +22,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
+import metal_moe
 import torch
 from layer_bench import ceilings, kernels, plot, report, result, verdict
 from layer_bench.cases import FORMATS, INPUTS, MODELS, Case, make_case, make_layer, quantize
 from layer_bench.environment import environment
-from layer_bench.measure import free_memory, measure
+from layer_bench.measure import measure
+from layer_bench.memory import free_memory
+from layer_bench.outcome import exit_status
 from metal_moe.cli.demo import TOLERANCES
 from metal_moe.cli.text import DTYPES, Progress
 
 # What a device has the memory and the patience for.
-DEFAULT_MODELS = {"cuda": list(MODELS), "cpu": ["glm", "qwen3"]}
-DEFAULT_TOKENS = {"cuda": [1, 4, 16, 32, 128, 512, 4096], "cpu": [1, 4, 16, 32, 128]}
+DEFAULT_MODELS = {"cuda": list(MODELS), "mps": ["glm", "qwen3"], "cpu": ["glm", "qwen3"]}
+DEFAULT_TOKENS = {
+    "cuda": [1, 4, 16, 32, 128, 512, 4096],
+    "mps": [1, 4, 16, 32, 128, 512],
+    "cpu": [1, 4, 16, 32, 128],
+}
 # Seconds that one implementation's samples may take at one size.
-DEFAULT_BUDGET = {"cuda": 0.4, "cpu": 2.0}
+DEFAULT_BUDGET = {"cuda": 0.4, "mps": 1.0, "cpu": 2.0}
 
 T = TypeVar("T")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda (default: cpu)")
-    parser.add_argument("--model", choices=MODELS, nargs="+", help="default: glm and qwen3 on cpu, all on cuda")
-    parser.add_argument("--tokens", type=int, nargs="+", help="default: 1 to 128 on cpu, 1 to 4096 on cuda")
+    default = torch.device(metal_moe.SUPPORTED_DEVICES[0])
+    parser.add_argument("--device", type=torch.device, default=default, help=f"cpu, cuda or mps (default: {default})")
+    parser.add_argument("--model", choices=MODELS, nargs="+", help="default: all on cuda, else glm and qwen3")
+    parser.add_argument("--tokens", type=int, nargs="+", help="default: 1 to 128 (cpu), 512 (mps), 4096 (cuda)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument(
         "--format", choices=FORMATS, help="of our weights (default: dense); affine: groups of 64; trellis: random codes"
@@ -59,10 +67,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--load", type=Path, metavar="FILE", help="measure nothing: show and plot a --json file")
     options = parser.parse_args(arguments)
     kind = options.device.type
-    if kind not in DEFAULT_TOKENS:
-        parser.error(f"--device is {options.device}; it must be {' or '.join(DEFAULT_TOKENS)}")
+    if kind not in metal_moe.SUPPORTED_DEVICES:
+        parser.error(f"--device is {options.device}; it must be {' or '.join(metal_moe.SUPPORTED_DEVICES)}")
     if options.kernels and kind != "cuda":
-        parser.error(f"--kernels with --device {kind}: only a GPU reports the time of each kernel, --device cuda")
+        parser.error(f"--kernels with --device {kind}: PyTorch's profiler times each kernel with --device cuda alone")
     options.model = list(dict.fromkeys(options.model or DEFAULT_MODELS[kind]))
     options.tokens = list(dict.fromkeys(options.tokens or DEFAULT_TOKENS[kind]))
     options.budget = DEFAULT_BUDGET[kind] if options.budget is None else options.budget
@@ -151,10 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         print(f"moe_layer: {error}", file=sys.stderr)
         return 1
-    failures = verdict.failures(measured)
-    for line in failures:
-        print(f"FAILED: {line}", file=sys.stderr)
-    return 1 if failures else 0
+    return exit_status(verdict.failures(measured))
 
 
 if __name__ == "__main__":

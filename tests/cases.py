@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,3 +224,22 @@ def check(layer: Layer, **overrides: Any) -> torch.Tensor:
     assert out.dtype == layer.hidden_states.dtype
     assert_close(out, layer.reference(), f"{layer} {overrides}")
     return out
+
+
+_PRELUDE = """\
+import gc, os, resource, signal, sys, threading, time
+import torch, metal_moe
+from cases import make_layer
+"""
+
+
+def python(script: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a script behind _PRELUDE in a process of its own, which ends within two minutes or has failed."""
+    paths = [os.path.dirname(__file__), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return subprocess.run(
+        [sys.executable, "-c", _PRELUDE + textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+    )

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import call_overhead  # noqa: E402
 import moe_layer  # noqa: E402 (found through the path above)
-from layer_bench import ceilings, clock, environment, kernels, report, verdict  # noqa: E402
+from layer_bench import ceilings, clock, environment, kernels, measure, report, verdict  # noqa: E402
 from layer_bench.cases import INPUTS, MODELS, make_case, make_layer  # noqa: E402
 from layer_bench.ceilings import Ceilings  # noqa: E402
 
@@ -223,7 +223,7 @@ def test_plot_is_refused_beforehand(capsys, monkeypatch, tmp_path, device):
         (["--rounds", "2"], "--rounds is 2; it must be at least 3"),
         (["--scale", "0"], "--scale is 0.0; it must be above 0"),
         (["--budget", "nan"], "--budget is nan; it must be above 0"),
-        (["--device", "meta"], "--device is meta; it must be cuda or cpu"),
+        (["--device", "meta"], "--device is meta; it must be cpu or cuda"),
         (["--json", "/nowhere/at/all.json"], "--json is /nowhere/at/all.json; there is no folder"),
     ],
 )
@@ -303,7 +303,7 @@ def test_kernels(quick, capsys, tmp_path, device, monkeypatch):
     if device.type == "cpu":
         with pytest.raises(SystemExit):
             run(device, *arguments)
-        assert "--kernels with --device cpu: only a GPU reports the time of each kernel" in capsys.readouterr().err
+        assert "--kernels with --device cpu: PyTorch's profiler times each kernel" in capsys.readouterr().err
         return
     # Else PyTorch fills every result, which is a kernel of its own.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
@@ -313,6 +313,28 @@ def test_kernels(quick, capsys, tmp_path, device, monkeypatch):
         stages = [one["stage"] for one in entries if one["tokens"] == tokens]
         assert {"route", "gate_up", "down"} <= set(stages) and "other" not in stages
     assert all(one["seconds"] > 0 and one["launches"] >= 1 for one in entries)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_every_device_has_defaults(monkeypatch, kind):
+    monkeypatch.setattr(metal_moe, "SUPPORTED_DEVICES", (kind,))
+    options = moe_layer.parse([])
+    assert options.device.type == kind, "the build's first device"
+    assert options.model and options.tokens[0] == 1 and options.budget > 0
+    assert kind in measure.NAIVE_LIMIT_BYTES
+
+
+def test_a_gpu_without_graphs(result):
+    """MPS: microseconds, as for CUDA devices, and no columns of CUDA graphs."""
+    engine, graph = result["device"]["engine"], {measure.OURS_GRAPH, measure.GROUPED_GRAPH}
+    on_mps = {**result, "device": {**result["device"], "engine": "mps"}}
+    on_mps["results"] = [
+        {**row, "seconds": {name: time for name, time in row["seconds"].items() if name not in graph}}
+        for row in result["results"]
+    ]
+    text = report.render(on_mps)
+    assert "eager us" in text and "graph" not in text and "threads" not in text
+    assert ("eager us" in report.render(result)) == (engine == "cuda")
 
 
 def test_kernel_table(result):

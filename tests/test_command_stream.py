@@ -1,10 +1,7 @@
 """CommandStream: encoding, waiting, handlers, back-pressure, failures, the interpreter's exit and forks."""
 
 import gc
-import os
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import weakref
@@ -13,7 +10,7 @@ import cases
 import metal_moe
 import pytest
 import torch
-from cases import make_layer
+from cases import make_layer, python
 
 OWN_DEVICE = True
 on_cpu = pytest.mark.skipif(cases.DEVICE.type != "cpu", reason="tests of owned streams on CPU tensors")
@@ -30,19 +27,6 @@ def engine(request, use_engine):
 
 def small(seed: int = 0) -> cases.Layer:
     return make_layer(3, 32, 24, 4, 2, seed=seed)
-
-
-def python(script: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs a script in a process of its own, which ends within a minute or has failed."""
-    prelude = "import os, signal, sys, threading, time\nimport torch, metal_moe\nfrom cases import make_layer\n"
-    paths = [os.path.dirname(__file__), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return subprocess.run(
-        [sys.executable, "-c", prelude + textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
-    )
 
 
 @on_cpu
@@ -313,20 +297,23 @@ def test_handlers_must_be_callable():
 def test_the_interpreter_exits_with_work_under_way():
     """Committed work is waited for, handlers included; what is not committed is dropped; nothing hangs or crashes."""
     ran = python("""
+        def say(text):
+            os.write(1, f"{text}\\n".encode())  # whole lines, whichever thread writes
+
         layer = make_layer(40, 256, 256, 8, 2)
         stream = metal_moe.CommandStream(max_in_flight=8)
         for i in range(6):
             with stream:
                 layer.run()
-                stream.on_completed(lambda _, i=i: print("completed", i, flush=True))
+                stream.on_completed(lambda _, i=i: say(f"completed {i}"))
         batch = metal_moe.LayerBatch(1)
         batch.__enter__()
         for _ in range(3):
             layer.run()
         stream.__enter__()
         layer.run()
-        stream.on_completed(lambda _: print("not committed", flush=True))
-        print("end", flush=True)
+        stream.on_completed(lambda _: say("not committed"))
+        say("end")
         """)
     assert ran.returncode == 0, ran.stderr
     assert sorted(ran.stdout.splitlines()) == sorted([f"completed {i}" for i in range(6)] + ["end"])

@@ -3,9 +3,6 @@
 import gc
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
 import weakref
 from pathlib import Path
 
@@ -13,24 +10,12 @@ import cases
 import metal_moe
 import pytest
 import torch
-from cases import make_layer
+from cases import make_layer, python
 
 OWN_DEVICE = True
 pytestmark = pytest.mark.skipif(cases.DEVICE.type != "cpu", reason="faults of the engines that compute CPU tensors")
 
 LIBRARY = Path(os.environ.get("METAL_MOE_LIBRARY") or Path(metal_moe.__file__).parent / "metal_moe.metallib")
-
-
-def python(script: str, **environment: str) -> subprocess.CompletedProcess:
-    prelude = "import gc, os, resource, sys\nimport torch, metal_moe\nfrom cases import make_layer\n"
-    paths = [os.path.dirname(__file__), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return subprocess.run(
-        [sys.executable, "-c", prelude + textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
-    )
 
 
 # ---------------------------------------------------------------------------------------------- a stream that goes away

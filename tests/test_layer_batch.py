@@ -358,12 +358,16 @@ def test_memory_is_bounded():
 
 
 @pytest.mark.skipif(cases.DEVICE.type == "cpu", reason="CPU tensors have no stream of PyTorch's")
-def test_on_pytorchs_stream_it_does_nothing_and_says_so():
+def test_on_pytorchs_stream_it_does_nothing_and_says_so(capfd):
     stack = model(3, 4)
     expected = forward(stack, torch.ones(3, 32, device=cases.DEVICE))
     metal_moe.reset_counters()
+    metal_moe._core.start_log()
     with metal_moe.LayerBatch(2) as batch:
         y = forward(stack, torch.ones(3, 32, device=cases.DEVICE))
+        metal_moe._core.stop_log_and_trace()
+        said = f"LayerBatch does nothing for fused_experts on {metal_moe.last_dispatch()['engine']}, which runs on"
+        assert capfd.readouterr().err.count(said) == 1
         assert metal_moe.counters()["fallbacks"]["passed_batch"] == 4
         assert torch.equal(y, expected), "readable at once, as ever"
         assert metal_moe.last_dispatch()["layer_batch"] == "passed"

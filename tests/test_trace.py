@@ -86,8 +86,20 @@ def requested() -> None:
     metal_moe.fused_topk(torch.randn(2, 8), 2)
 
 
+def passed() -> None:
+    """Operations of another device than the stream's, as those on PyTorch's streams are in a LayerBatch."""
+    for _ in range(2):
+        with metal_moe.CommandStream() as stream:
+            os.environ["METAL_MOE_CPU_ENGINE"] = "exact"
+            decode()
+            decode()
+            os.environ["METAL_MOE_CPU_ENGINE"] = "native"
+            decode()
+        stream.synchronize()
+
+
 ACTIONS: dict[str, Callable[[], None]] = {
-    action.__name__: action for action in (decode, threads, exception, error_inside, abrupt, fork, requested)
+    action.__name__: action for action in (decode, threads, exception, error_inside, abrupt, fork, requested, passed)
 }
 
 
@@ -251,6 +263,22 @@ def test_log(tmp_path):
     assert lines[4] == "native stream 1: commit of 4 dispatches"
     assert lines[6] == "native stream 1: commit of 1 dispatches"
     assert len(lines) == 7
+
+
+def test_a_batch_that_does_nothing_says_so_once(tmp_path):
+    """Once for each `with` block; the trace file has it for every operation too."""
+    note = "CommandStream of another device does nothing for fused_experts on exact"
+    status, _, err = run("passed", "1")
+    assert status == 0 and err.count("does nothing") == 2 and err.splitlines().count(f"metal_moe: {note}") == 2
+    path = tmp_path / "trace.json"
+    assert run("passed", str(path))[0] == 0
+    events = read(path)
+    assert [event["name"] for event in of(events, "note")] == [note, note]
+    assert [(event["args"]["engine"], event["args"]["layer_batch"]) for event in of(events, "operation")] == [
+        ("exact", "passed"),
+        ("exact", "passed"),
+        ("native", "encoded"),
+    ] * 2
 
 
 @pytest.mark.parametrize("value", ["", "0"])

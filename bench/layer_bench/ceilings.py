@@ -6,6 +6,8 @@ import torch
 from metal_moe.memory_bandwidth import memory_bandwidth
 from metal_moe.timing import median_seconds
 
+from .memory import free_memory
+
 # M, N, K of a matrix product that arithmetic bounds. A GPU needs more of it to fill all its cores.
 MATMUL = 2048, 4096, 4096
 DEVICE_MATMUL = 8192, 8192, 8192
@@ -30,8 +32,7 @@ class Ceilings:
 
 def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
     bandwidth_of, bandwidth = memory_bandwidth(device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the copy's gigabytes
+    free_memory(device)  # the copy's gigabytes
     return Ceilings(bandwidth, bandwidth_of, matmul_rate(dtype, device))
 
 

@@ -21,7 +21,8 @@ class Expected:
         ids = ids[self.tokens]
         if quantized:
             used, ids = ids.unique(return_inverse=True)
-            w1, w2 = (each.dequantize(torch.float64, used.tolist()) for each in quantized)
+            on = "cpu" if x.device.type == "mps" else x.device  # MPS has no float64
+            w1, w2 = (each.to(on).dequantize(torch.float64, used.tolist()) for each in quantized)
         self.rows = reference.experts(x[self.tokens], w1, w2, weights[self.tokens], ids)
 
     def error(self, out: Tensor) -> float:

@@ -18,7 +18,7 @@ GENERIC, GENERIC_GRAPH = "metal_moe_generic", "metal_moe_generic_graph"
 LOOP, NAIVE, GROUPED, GROUPED_GRAPH = "loop", "naive_indexing", "grouped_mm", "grouped_mm_graph"
 MLX = "mlx_gather_qmm"
 # Naive indexing copies weights per assignment: where its largest copy is beyond this it is left out.
-NAIVE_LIMIT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+NAIVE_LIMIT_BYTES = {"cpu": 1 << 30, "mps": 1 << 30, "cuda": 8 << 30}
 # Each peer beside that of our times which is taken the same way.
 RATIOS = {LOOP: OURS, NAIVE: OURS, GROUPED: OURS, GROUPED_GRAPH: OURS_GRAPH, MLX: OURS}
 RATIOS |= {GENERIC: OURS, GENERIC_GRAPH: OURS_GRAPH}
@@ -122,9 +122,3 @@ def selection(ran: dict) -> dict:
             "specialization",
         )
     }
-
-
-def free_memory(device: torch.device) -> None:
-    """Gives what freed tensors have left behind back to the device."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

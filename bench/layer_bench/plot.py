@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .measure import GROUPED, GROUPED_GRAPH, LOOP, MLX, NAIVE, OURS, OURS_GRAPH
-from .report import on_gpu, time_unit
+from .report import has_graphs, time_unit
 from .result import weights_of
 
 # Distinguishable with the common kinds of colour blindness too.
@@ -64,7 +64,7 @@ def _of_model(result: dict, model: str) -> list[dict]:
 
 
 def _best_timing(result: dict) -> str:
-    return OURS_GRAPH if on_gpu(result) else OURS
+    return OURS_GRAPH if has_graphs(result) else OURS
 
 
 def _roofline(axes, result: dict, models: list[str]) -> None:
@@ -106,7 +106,7 @@ def _roofline(axes, result: dict, models: list[str]) -> None:
     axes.set_ylim(bottom=axes.get_ylim()[0] / 3)  # room for the labels
     axes.set_xlabel("arithmetic intensity: operations per byte of the floor (FLOP/byte)")
     axes.set_ylabel("achieved TFLOP/s")
-    axes.set_title(f"roofline{' (CUDA graph)' if on_gpu(result) else ''}; the numbers are tokens")
+    axes.set_title(f"roofline{' (CUDA graph)' if has_graphs(result) else ''}; the numbers are tokens")
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
 
@@ -120,7 +120,7 @@ def _fractions(axes, result: dict, models: list[str]) -> None:
     axes.axhline(100, color="black", linewidth=1.5)
     axes.set(xscale="log", ylabel="floor over time (%)")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"fraction of the floor{' (CUDA graph)' if on_gpu(result) else ''}")
+    axes.set_title(f"fraction of the floor{' (CUDA graph)' if has_graphs(result) else ''}")
     _token_axis(axes, sorted({row["tokens"] for row in result["results"]}))
 
 

@@ -17,6 +17,11 @@ def significant(value: float) -> str:
 
 
 def on_gpu(result: dict) -> bool:
+    return result["device"]["engine"] not in ("native", "exact")
+
+
+def has_graphs(result: dict) -> bool:
+    """Whether layers were also timed in a CUDA graph."""
     return result["device"]["engine"].startswith("cuda")
 
 
@@ -42,8 +47,8 @@ def heading(result: dict) -> str:
 def times(result: dict) -> str:
     """Our times beside the floor. Rates are of the graph where there is one."""
     unit, per_second = time_unit(result)
-    gpu = on_gpu(result)
-    graph = ["graph " + unit, "of floor"] if gpu else []
+    graphs = has_graphs(result)
+    graph = ["graph " + unit, "of floor"] if graphs else []
     headings = ["model", "tokens", "experts", "MB", "GFLOP", "floor " + unit, "bound", "eager " + unit, "of floor"]
     headings += [*graph, "GB/s", "TFLOP/s", "error", "family"]
     rows = []
@@ -58,7 +63,7 @@ def times(result: dict) -> str:
             significant(row["floor_seconds"] * per_second),
             row["floor_bound"],
         ]
-        for name in (OURS, OURS_GRAPH) if gpu else (OURS,):
+        for name in (OURS, OURS_GRAPH) if graphs else (OURS,):
             cells += [significant(row["seconds"][name] * per_second), f"{row['floor_fraction'][name]:.0%}"]
         error = row["relative_error"][best]
         cells += [
@@ -74,7 +79,7 @@ def times(result: dict) -> str:
 def peers(result: dict) -> str:
     """Every peer's time and its ratio to ours, which above 1 is in our favour."""
     unit, per_second = time_unit(result)
-    names = [LOOP, NAIVE, GROUPED, *([GROUPED_GRAPH] if on_gpu(result) else [])]
+    names = [LOOP, NAIVE, GROUPED, *([GROUPED_GRAPH] if has_graphs(result) else [])]
     names += [name for name in (GENERIC, GENERIC_GRAPH) if any(name in row["seconds"] for row in result["results"])]
     names += [MLX] if any(MLX in row["ratios"] for row in result["results"]) else []
     headings = ["model", "tokens"]
@@ -90,7 +95,7 @@ def peers(result: dict) -> str:
                 f"{row['ratios'][name]:.2f}x" if measured else "-",
             ]
         rows.append(cells)
-    of_graph = "; of a graph to our graph" if on_gpu(result) else ""
+    of_graph = "; of a graph to our graph" if has_graphs(result) else ""
     explained = (
         f"ratio: its time over ours, both eager{of_graph}. -: it does not run here, or its copies are too large."
     )

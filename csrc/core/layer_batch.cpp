@@ -1,5 +1,8 @@
 #include "layer_batch.h"
 
+#include "observer.h"
+#include "trace.h"
+
 #include <exception>
 #include <utility>
 
@@ -69,6 +72,15 @@ LayerBatch::Target* LayerBatch::target_of(Context& context) {
     return nullptr;
   targets_.push_back({context, nullptr, std::make_unique<StreamLease>(context)});
   return &targets_.back();
+}
+
+void LayerBatch::pass(const Context& context) {
+  if (statistics_.passed++ != 0 || !observing())
+    return;
+  const std::string operation = std::string(last_dispatch().operation) + " on " + context.engine();
+  tell_note(context.runs_on_caller_streams()
+                ? "LayerBatch does nothing for " + operation + ", which runs on PyTorch's stream"
+                : "CommandStream of another device does nothing for " + operation);
 }
 
 void LayerBatch::encoded(Target& target, CommandStream& stream, bool is_layer) {

@@ -63,7 +63,7 @@ public:
     uint64_t layers = 0;     // encoded
     uint64_t operations = 0; // encoded, layers among them
     uint64_t commits = 0;    // by this batch, of command buffers
-    uint64_t passed = 0;     // operations on streams of the program, which it does nothing for
+    uint64_t passed = 0;     // operations on streams of the program or of another context: it does nothing for them
   };
 
   /// Layers are never split. `waits`: whether leave() waits; without, somebody around must. `layers` > 0.
@@ -85,9 +85,9 @@ public:
   const LayerBatch* outer() const { return outer_; }
 
   /// Calls `encode(stream)` with the stream for operations of `context`, or returns false where such operations run on
-  /// a stream of the program (or this batch is of another context). `kept` is let go when they have completed.
-  /// `is_layer`: whether the operation ends a layer. What `encode` throws comes back, and the dispatches it had encoded
-  /// stay: they write what `kept` and the scratch hold, and nobody reads it.
+  /// a stream of the program (or this batch is of another context); observers are told of the first. `kept` is let go
+  /// when they have completed. `is_layer`: whether the operation ends a layer. What `encode` throws comes back, and the
+  /// dispatches it had encoded stay: they write what `kept` and the scratch hold, and nobody reads it.
   template <class Encode>
   bool encode(Context& context, bool is_layer, std::shared_ptr<void> kept, const Encode& encode) {
     return with_target(context, [&](Target& target, CommandStream& stream) {
@@ -128,12 +128,13 @@ private:
   bool with_target(Context& context, const Use& function) {
     Target* target = target_of(context);
     if (!target) {
-      statistics_.passed += 1;
+      pass(context);
       return false;
     }
     use(*target, [&](CommandStream& stream) { function(*target, stream); });
     return true;
   }
+  void pass(const Context& context);
   void encoded(Target& target, CommandStream& stream, bool is_layer);
   template <class Use>
   void for_each_stream(const Use& function);

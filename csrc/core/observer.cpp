@@ -206,9 +206,9 @@ void tell_wait(const char* what, uint64_t start) {
     trace->span("wait", what, thread_track(*trace), start, clock_now(), "");
 }
 
-void tell_note(const char* text) {
+void tell_note(const std::string& text) {
   if (looks(observing_detail::Log))
-    std::fprintf(stderr, "metal_moe: %s\n", text);
+    std::fprintf(stderr, "metal_moe: %s\n", text.c_str());
   if (const auto trace = looks(observing_detail::Trace) ? trace_file() : nullptr)
     trace->instant("note", text, thread_track(*trace), clock_now(), "");
 }
@@ -220,7 +220,8 @@ void tell_operation(uint64_t start) {
   const DispatchTrace& last = last_dispatch();
   trace->span("operation", last.operation, thread_track(*trace), start, clock_now(),
               "\"engine\":" + json_text(last.engine) + ",\"family\":" + json_text(last.family) + ",\"chosen_by\":" +
-                  json_text(family_choice_name(last.choice)) + ",\"dispatches\":" + std::to_string(last.dispatches));
+                  json_text(family_choice_name(last.choice)) + ",\"dispatches\":" + std::to_string(last.dispatches) +
+                  (*last.layer_batch ? ",\"layer_batch\":" + json_text(last.layer_batch) : ""));
 }
 
 void deliver(KernelTimes& times) {

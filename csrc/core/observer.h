@@ -76,8 +76,8 @@ void tell_dispatch(const DispatchRecord& record);
 void tell_commit(uint32_t track, const char* engine, uint32_t dispatches);
 /// This thread has waited for `what` since `start`.
 void tell_wait(const char* what, uint64_t start);
-/// Something worth knowing, once; static storage.
-void tell_note(const char* text);
+/// What a user would not expect.
+void tell_note(const std::string& text);
 /// An operation of this thread has ended: that of last_dispatch().
 void tell_operation(uint64_t start);
 

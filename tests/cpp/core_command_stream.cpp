@@ -13,20 +13,8 @@ using namespace std::chrono_literals;
 namespace metal_moe::testing {
 namespace {
 
-struct Stream : ::testing::Test {
-  MoeEngine& native = engine("native");
-  Context& context = native.context();
-  std::vector<int32_t> from = std::vector<int32_t>(256), to = std::vector<int32_t>(256, -1);
-  TensorView source, destination;
-
-  void SetUp() override {
-    std::iota(from.begin(), from.end(), 1000);
-    source = tensor(context, from, {256});
-    destination = tensor(context, to, {256});
-  }
-  void copy(CommandStream& stream, size_t policy_bytes = 0) {
-    encode_copy(stream, native, source.view(), destination.view(), 1024, policy_bytes);
-  }
+struct Stream : ::testing::Test, Copying {
+  Stream() : Copying("native") {}
 };
 
 TEST_F(Stream, RunsWhatWasEncoded) {
@@ -44,10 +32,10 @@ TEST_F(Stream, DispatchesSeeWhatEarlierOnesWrote) {
   BufferView previous = source.view();
   for (int i = 0; i < 20; ++i) {
     const BufferView next = stream->scratch(1024);
-    encode_copy(*stream, native, previous, next, 1024);
+    encode_copy(*stream, device, previous, next, 1024);
     previous = next;
   }
-  encode_copy(*stream, native, previous, destination.view(), 1024);
+  encode_copy(*stream, device, previous, destination.view(), 1024);
   stream->synchronize();
   EXPECT_EQ(to, from);
 }
@@ -58,10 +46,10 @@ TEST_F(Stream, EventsOrderStreams) {
   std::vector<int32_t> between(256, -1);
   const TensorView middle = tensor(context, between, {256});
   second->wait_for(event.get(), 1);
-  encode_copy(*second, native, middle.view(), destination.view(), 1024);
+  encode_copy(*second, device, middle.view(), destination.view(), 1024);
   second->commit();
   EXPECT_EQ(second->in_flight(), 1u);
-  encode_copy(*first, native, source.view(), middle.view(), 1024);
+  encode_copy(*first, device, source.view(), middle.view(), 1024);
   first->signal(event.get(), 1);
   first->commit();
   second->synchronize();
@@ -172,7 +160,7 @@ TEST_F(Stream, ASlowHandlerStopsNoOtherWork) {
   copy(*stream);
   stream->on_completed([&](const Completion&) { release.get_future().wait(); });
   stream->commit();
-  encode_copy(*stream, native, source.view(), view.view(), 1024); // behind it, on the same stream
+  encode_copy(*stream, device, source.view(), view.view(), 1024); // behind it, on the same stream
   const auto event = NS::TransferPtr(context.device()->newSharedEvent());
   stream->signal(event.get(), 1);
   stream->commit();
@@ -227,11 +215,11 @@ TEST_F(Stream, SeveralEncodersInOneCommandBuffer) {
   BufferView previous = source.view();
   for (int i = 0; i < 8; ++i) {
     const BufferView next = stream->scratch(1024);
-    encode_copy(*stream, native, previous, next, 1024);
+    encode_copy(*stream, device, previous, next, 1024);
     stream->end_encoder();
     previous = next;
   }
-  encode_copy(*stream, native, previous, destination.view(), 1024);
+  encode_copy(*stream, device, previous, destination.view(), 1024);
   stream->synchronize();
   EXPECT_EQ(last_dispatch().commits, 1u);
   EXPECT_EQ(to, from);
@@ -243,7 +231,7 @@ TEST_F(Stream, ScratchIsNotReusedBeforeCompletion) {
   const auto before = pool.statistics();
   std::promise<void> running, release;
   const BufferView scratch = stream->scratch(12345);
-  encode_copy(*stream, native, source.view(), scratch, 1024);
+  encode_copy(*stream, device, source.view(), scratch, 1024);
   stream->on_completed([&](const Completion&) {
     running.set_value();
     release.get_future().wait();
@@ -295,7 +283,7 @@ TEST_F(Stream, ExceptionsOfHandlersAreKept) {
 TEST_F(Stream, DiscardDropsWorkAndFreesScratch) {
   auto stream = context.new_stream();
   const auto before = context.pool().statistics().buffers_in_use;
-  encode_copy(*stream, native, source.view(), stream->scratch(1024), 1024);
+  encode_copy(*stream, device, source.view(), stream->scratch(1024), 1024);
   copy(*stream);
   stream->discard();
   EXPECT_EQ(context.pool().statistics().buffers_in_use, before);
@@ -308,7 +296,7 @@ TEST_F(Stream, DiscardDropsWorkAndFreesScratch) {
 
 TEST_F(Stream, RefusesMoreThreadsThanThePipelineAllows) {
   auto stream = context.new_stream();
-  const Pipeline& pipeline = native.pipeline(GATHER_KERNEL);
+  const Pipeline& pipeline = device.pipeline(GATHER_KERNEL);
   stream->use(pipeline);
   try {
     stream->dispatch(MTL::Size(1, 1, 1), pipeline.max_threads + 1, 0);
@@ -340,8 +328,8 @@ TEST_F(Stream, BorrowedEncodesIntoItsOwnersCommandBuffer) {
   {
     CommandStream stream(commands, encoder, context.pool());
     const BufferView scratch = stream.scratch(1024);
-    encode_copy(stream, native, source.view(), scratch, 1024);
-    encode_copy(stream, native, scratch, destination.view(), 1024);
+    encode_copy(stream, device, source.view(), scratch, 1024);
+    encode_copy(stream, device, scratch, destination.view(), 1024);
     stream.end_operation();
     stream.commit();
     EXPECT_THROW(stream.synchronize(), std::logic_error);
@@ -385,7 +373,7 @@ TEST_F(Stream, TheChildOfAForkIsToldThatTheStreamIsItsParents) {
     own->synchronize();
     failed += to != from;
     std::fill(to.begin(), to.end(), -1);
-    run_operation(native, "test", [&](CommandStream& leased) { copy(leased); });
+    run_operation(device, "test", [&](CommandStream& leased) { copy(leased); });
     failed += to != from;
     _exit(failed);
   }

@@ -10,22 +10,10 @@
 namespace metal_moe::testing {
 namespace {
 
-struct Batch : ::testing::Test {
-  MoeEngine& native = engine("native");
-  Context& context = native.context();
-  std::vector<int32_t> from = std::vector<int32_t>(256), to = std::vector<int32_t>(256, -1);
-  TensorView source, destination;
-
-  void SetUp() override {
-    std::iota(from.begin(), from.end(), 1000);
-    source = tensor(context, from, {256});
-    destination = tensor(context, to, {256});
-    last_dispatch() = {};
-  }
+struct Batch : ::testing::Test, Copying {
+  Batch() : Copying("native") { last_dispatch() = {}; }
   bool layer(LayerBatch& batch, bool is_layer = true) {
-    return batch.encode(context, is_layer, nullptr, [&](CommandStream& stream) {
-      encode_copy(stream, native, source.view(), destination.view(), 1024);
-    });
+    return batch.encode(context, is_layer, nullptr, [&](CommandStream& stream) { copy(stream); });
   }
 };
 
@@ -98,12 +86,12 @@ TEST_F(Batch, AnInnerOneEncodesBehindTheOuterAndItsEndWaitsForBoth) {
   std::vector<int32_t> between(256, -1);
   const TensorView middle = tensor(context, between, {256});
   outer->encode(context, true, nullptr,
-                [&](CommandStream& stream) { encode_copy(stream, native, source.view(), middle.view(), 1024); });
+                [&](CommandStream& stream) { encode_copy(stream, device, source.view(), middle.view(), 1024); });
   auto inner = entered(8);
   EXPECT_EQ(LayerBatch::current(), inner.get());
   inner->encode(context, true, nullptr, [&](CommandStream& stream) {
     EXPECT_EQ(stream.pending_dispatches(), 1u) << "the outer one's stream";
-    encode_copy(stream, native, middle.view(), destination.view(), 1024);
+    encode_copy(stream, device, middle.view(), destination.view(), 1024);
   });
   inner->leave();
   EXPECT_EQ(to, from);
@@ -135,7 +123,7 @@ TEST_F(Batch, WithoutWaitingNeedsSomebodyAroundWhoDoes) {
   auto inner = entered(8, false);
   std::promise<void> release;
   inner->encode(context, true, nullptr, [&](CommandStream& stream) {
-    encode_copy(stream, native, source.view(), destination.view(), 1024);
+    copy(stream);
     stream.on_completed([&](const Completion&) { release.get_future().wait(); });
   });
   inner->leave(); // would not come back if it waited
@@ -171,8 +159,7 @@ TEST_F(Batch, TheOuterOneMayBeLeftFirst) {
 TEST_F(Batch, WhatIsKeptIsLetGoWhenItHasCompleted) {
   auto kept = std::make_shared<int>(1);
   auto batch = entered(8);
-  batch->encode(context, true, kept,
-                [&](CommandStream& stream) { encode_copy(stream, native, source.view(), destination.view(), 1024); });
+  batch->encode(context, true, kept, [&](CommandStream& stream) { copy(stream); });
   EXPECT_EQ(kept.use_count(), 2);
   batch->leave();
   EXPECT_EQ(kept.use_count(), 1);
@@ -186,7 +173,7 @@ TEST_F(Batch, AnOperationThatThrowsLeavesTheOthers) {
   expect_error<std::runtime_error>(
       [&] {
         batch->encode(context, true, nullptr, [&](CommandStream& stream) {
-          encode_copy(stream, native, source.view(), half.view(), 1024);
+          encode_copy(stream, device, source.view(), half.view(), 1024);
           throw std::runtime_error("half way");
         });
       },
@@ -210,7 +197,7 @@ TEST_F(Batch, AKernelThatCannotBeHadIsNamedEveryTimeAndHarmsNothing) {
   std::vector<int32_t> after(256, -1);
   const TensorView last = tensor(context, after, {256});
   batch->encode(context, true, nullptr,
-                [&](CommandStream& stream) { encode_copy(stream, native, destination.view(), last.view(), 1024); });
+                [&](CommandStream& stream) { encode_copy(stream, device, destination.view(), last.view(), 1024); });
   batch->leave();
   EXPECT_EQ(after, from);
 }
@@ -237,7 +224,7 @@ TEST_F(Batch, ThreadsHaveStreamsOfTheirOwn) {
       for (int i = 0; i < LAYERS; ++i) {
         const TensorView& before = i == 0 ? in : i % 2 ? a : b;
         batch->encode(context, true, nullptr, [&](CommandStream& stream) {
-          encode_copy(stream, native, before.view(), (i % 2 ? b : a).view(), 1024);
+          encode_copy(stream, device, before.view(), (i % 2 ? b : a).view(), 1024);
         });
       }
       batch->leave();
@@ -317,7 +304,7 @@ TEST_F(Batch, AHandlerMustNotUseASharedStreamThatSomebodyWaitsFor) {
   SharedStream stream(context, {});
   std::string message;
   stream.use("encode", [&](CommandStream& s) {
-    encode_copy(s, native, source.view(), destination.view(), 1024);
+    copy(s);
     s.on_completed([&](const Completion&) {
       expect_error<std::logic_error>([&] { stream.use("in_flight", [](CommandStream& s) { return s.in_flight(); }); },
                                      "in_flight: called by a completion handler");

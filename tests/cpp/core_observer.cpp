@@ -6,20 +6,8 @@
 namespace metal_moe::testing {
 namespace {
 
-struct Observed : ::testing::TestWithParam<const char*> {
-  MoeEngine& device = engine(GetParam());
-  Context& context = device.context();
-  std::vector<int32_t> from = std::vector<int32_t>(256), to = std::vector<int32_t>(256, -1);
-  TensorView source, destination;
-
-  void SetUp() override {
-    std::iota(from.begin(), from.end(), 1000);
-    source = tensor(context, from, {256});
-    destination = tensor(context, to, {256});
-  }
-  void copy(CommandStream& stream, size_t bytes = 2048) {
-    encode_copy(stream, device, source.view(), destination.view(), 1024, bytes);
-  }
+struct Observed : ::testing::TestWithParam<const char*>, Copying {
+  Observed() : Copying(GetParam()) {}
 };
 
 TEST_P(Observed, MoreDispatchesThanASampleBufferHolds) {
@@ -29,7 +17,7 @@ TEST_P(Observed, MoreDispatchesThanASampleBufferHolds) {
       std::make_unique<CommandStream>(NS::TransferPtr(context.device()->newCommandQueue()), context.pool(), policy);
   Profile profile;
   for (int i = 0; i < 150; ++i)
-    copy(*stream);
+    copy(*stream, 2048);
   stream->synchronize();
   profile.stop();
   copy(*stream);

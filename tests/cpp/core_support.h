@@ -72,4 +72,21 @@ inline void encode_copy(CommandStream& stream, MoeEngine& engine, BufferView fro
                   simdgroups(GATHER_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width, policy_bytes);
 }
 
+/// An engine, and 256 integers to copy from one vector to another.
+struct Copying {
+  explicit Copying(const char* name) : device(engine(name)) {
+    std::iota(from.begin(), from.end(), 1000);
+    source = tensor(context, from, {256});
+    destination = tensor(context, to, {256});
+  }
+  void copy(CommandStream& stream, size_t policy_bytes = 0) {
+    encode_copy(stream, device, source.view(), destination.view(), 1024, policy_bytes);
+  }
+
+  MoeEngine& device;
+  Context& context = device.context();
+  std::vector<int32_t> from = std::vector<int32_t>(256), to = std::vector<int32_t>(256, -1);
+  TensorView source, destination;
+};
+
 } // namespace metal_moe::testing
