@@ -335,6 +335,7 @@ def test_what_is_refused():
     pair = quantized(layer.w1, bits={"gate": 4, "up": 2})
     biased = quantized(layer.w1, bias=torch.zeros(4, 256))
     trellis = quantized(layer.w2[:1], format="trellis", bits=8)
+    cat = QuantizedExperts.cat([w2, trellis])
 
     def run(first, second, **options):
         x, weights, ids = layer.hidden_states, layer.topk_weights, layer.topk_ids
@@ -357,7 +358,8 @@ def test_what_is_refused():
             pair, w2, activation="relu2"
         ),
         "w2 is a pair of gate and up; it must be one matrix per expert": lambda: run(w1, pair),
-        "w1 is of another format; it must be trellis, as the other of w1 and w2 is": lambda: run(w1, trellis),
+        r"w2 is affine \(expert 0\); it must be trellis, as others of w2 are": lambda: run(w1, cat),
+        r"w2 has shape \(1, 128, 128\); it must be": lambda: run(w1, trellis),
         r"w2 has shape \(4, 128, 64\); it must be": lambda: run(w1, quantized(layer.w2[:, :, :64].contiguous())),
         r"w1 has shape \(4, 256, 64\); it must be": lambda: run(quantized(layer.w1[:, :, :64].contiguous()), w2),
         "kernel is 'fast': must be one of": lambda: run(w1, w2, kernel="fast"),

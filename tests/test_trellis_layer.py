@@ -210,13 +210,3 @@ def test_what_is_refused():
         part = Part(moved, *(getattr(down.parts["weight"], name) for name in ("scales", "biases", "table")))
         with pytest.raises(ValueError, match="w2 has codes at an address that is .* beyond a multiple of 16"):
             metal_moe.fused_experts(x, pair(gate_up), QuantizedExperts({"weight": part}), weights, ids)
-    dense = torch.zeros(E, 128, 128)
-    affine = QuantizedExperts.quantize(dense, format="affine")
-    with pytest.raises(ValueError, match="kernel is moe_base; it must be None with trellis weights"):
-        metal_moe.fused_experts(x, pair(gate_up), down, weights, ids, kernel="moe_base")
-    for other in (dense, affine):
-        with pytest.raises(ValueError, match="w2 is of another format; it must be trellis"):
-            metal_moe.fused_experts(x, pair(gate_up), other, weights, ids)
-    mixed = QuantizedExperts.cat([QuantizedExperts({"weight": down.parts["weight"]}), affine])
-    with pytest.raises(ValueError, match=r"w2 is affine \(expert 3\); it must be of a format that kernels decode"):
-        metal_moe.fused_experts(x, pair(gate_up), mixed, weights, ids)

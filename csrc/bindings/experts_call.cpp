@@ -20,7 +20,8 @@ public:
     add(reinterpret_cast<uintptr_t>(call.engine->tuning_table()));
     const ExpertsLayer& layer = call.layer;
     add(uint64_t(call.routed) | uint64_t(layer.interleaved) << 1 | uint64_t(layer.fp32_accumulation) << 2 |
-        uint64_t(layer.activation) << 8 | uint64_t(layer.intermediate) << 32);
+        uint64_t(layer.trellis_gate_up) << 3 | uint64_t(layer.trellis_down) << 4 | uint64_t(layer.activation) << 8 |
+        uint64_t(layer.intermediate) << 32);
     add(uint64_t(std::bit_cast<uint32_t>(layer.alpha)) | uint64_t(std::bit_cast<uint32_t>(layer.limit)) << 32);
     add(call.x);
     add(layer.w1);
@@ -112,8 +113,6 @@ std::shared_ptr<const ExpertsPacking> find_packing(const ExpertsCall& call) {
 }
 
 std::shared_ptr<const ExpertsPacking> packing_of(const ExpertsCall& call) {
-  if (call.layer.trellis)
-    return nullptr;
   const Signature signature(call);
   if (signature.valid())
     if (const auto found = packings().find(signature.bytes()); found != packings().end())

@@ -28,7 +28,7 @@ struct ExpertsCall {
 };
 
 /// What the call needs that depends on shapes, strides, dtypes, options and the engine alone, made at the first such
-/// call. Null where the call runs without: trellis weights.
+/// call.
 ///
 /// Once made, it also says that Python has accepted arguments like these (find_packing): call it only with arguments
 /// that have been checked. At most MAX_PACKINGS are kept. With the interpreter's lock held, as is the next.

@@ -78,8 +78,8 @@ using MatrixCodes = std::optional<std::array<uint32_t, 3>>;
 ExpertsLayer experts_layer(Context& context, py::handle w1, py::handle w2, py::handle b1, py::handle b2,
                            py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation,
                            bool interleaved, float alpha, float limit, bool fp32_acc,
-                           const std::optional<std::string>& family, int64_t intermediate, bool trellis,
-                           const MatrixCodes& codes, int64_t shared_intermediate) {
+                           const std::optional<std::string>& family, int64_t intermediate, bool trellis_w1,
+                           bool trellis_w2, const MatrixCodes& codes, int64_t shared_intermediate) {
   ExpertsLayer layer;
   read_weights(context, w1, "w1", layer.w1, layer.gate, &layer.up);
   read_weights(context, w2, "w2", layer.w2, layer.down, nullptr);
@@ -87,7 +87,8 @@ ExpertsLayer experts_layer(Context& context, py::handle w1, py::handle w2, py::h
   read_weights(context, shared_w1, "shared_w1", layer.shared_w1, layer.shared_gate, &layer.shared_up, true);
   read_weights(context, shared_w2, "shared_w2", layer.shared_w2, layer.shared_down, nullptr, true);
   layer.shared_intermediate = size_argument("intermediate size of shared_w2", shared_intermediate);
-  layer.trellis = trellis;
+  layer.trellis_gate_up = trellis_w1;
+  layer.trellis_down = trellis_w2;
   if (codes && specialization_enabled()) {
     layer.gate.code = (*codes)[0];
     layer.up.code = (*codes)[1];
@@ -159,13 +160,14 @@ void fused_experts(std::string_view engine_name, py::handle x, py::handle w1, py
                    py::handle topk_ids, py::handle out, py::handle b1, py::handle b2, py::handle shared_w1,
                    py::handle shared_w2, py::handle shared_weights, int activation, bool interleaved, float alpha,
                    float limit, bool fp32_acc, const std::optional<std::string>& family, int64_t intermediate,
-                   bool trellis, const MatrixCodes& codes, int64_t shared_intermediate) {
+                   bool trellis_w1, bool trellis_w2, const MatrixCodes& codes, int64_t shared_intermediate) {
   ExpertsCall call;
   call.engine = &MoeEngine::get(engine_name);
   Context& context = call.engine->context();
   call.x = read_tensor(context, x, "hidden_states", 2);
-  call.layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation, interleaved,
-                             alpha, limit, fp32_acc, family, intermediate, trellis, codes, shared_intermediate);
+  call.layer =
+      experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation, interleaved, alpha,
+                    limit, fp32_acc, family, intermediate, trellis_w1, trellis_w2, codes, shared_intermediate);
   call.weights = read_tensor(context, topk_weights, "topk_weights", 2);
   call.ids = read_tensor(context, topk_ids, "topk_ids", 2);
   const std::array tensors = {x.ptr(),  w1.ptr(), w2.ptr(),        topk_weights.ptr(), topk_ids.ptr(),
@@ -178,13 +180,15 @@ void fused_moe(std::string_view engine_name, py::handle x, py::handle w1, py::ha
                int group_score, bool renormalize, std::optional<float> renormalize_epsilon, float scale, py::handle b1,
                py::handle b2, py::handle shared_w1, py::handle shared_w2, py::handle shared_weights, int activation,
                bool interleaved, float alpha, float limit, bool fp32_acc, const std::optional<std::string>& family,
-               int64_t intermediate, bool trellis, const MatrixCodes& codes, int64_t shared_intermediate) {
+               int64_t intermediate, bool trellis_w1, bool trellis_w2, const MatrixCodes& codes,
+               int64_t shared_intermediate) {
   ExpertsCall call;
   call.engine = &MoeEngine::get(engine_name);
   Context& context = call.engine->context();
   call.x = read_tensor(context, x, "hidden_states", 2);
-  call.layer = experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation, interleaved,
-                             alpha, limit, fp32_acc, family, intermediate, trellis, codes, shared_intermediate);
+  call.layer =
+      experts_layer(context, w1, w2, b1, b2, shared_w1, shared_w2, shared_weights, activation, interleaved, alpha,
+                    limit, fp32_acc, family, intermediate, trellis_w1, trellis_w2, codes, shared_intermediate);
   call.routed = true;
   call.logits = read_tensor(context, logits, "router_logits", 2);
   call.correction_bias = read_tensor(context, bias, "correction_bias", 1, true);
@@ -357,13 +361,13 @@ PYBIND11_MODULE(_core, m) {
         "Sorted rows as padded_out int32 [E, capacity], -1 where an expert has fewer.");
   m.def("fused_experts", &fused_experts, "engine"_a, "x"_a, "w1"_a, "w2"_a, "topk_weights"_a, "topk_ids"_a, "out"_a,
         "b1"_a, "b2"_a, "shared_w1"_a, "shared_w2"_a, "shared_weights"_a, "activation"_a, "interleaved"_a, "alpha"_a,
-        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis"_a = false, "codes"_a = py::none(),
-        "shared_intermediate"_a = 0, "The experts of a layer: out [T, H] from x [T, H].");
+        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis_w1"_a = false, "trellis_w2"_a = false,
+        "codes"_a = py::none(), "shared_intermediate"_a = 0, "The experts of a layer: out [T, H] from x [T, H].");
   m.def("fused_moe", &fused_moe, "engine"_a, "x"_a, "w1"_a, "w2"_a, "logits"_a, "bias"_a, "out"_a, "top_k"_a,
         "scoring"_a, "groups"_a, "topk_groups"_a, "group_score"_a, "renormalize"_a, "renormalize_epsilon"_a, "scale"_a,
         "b1"_a, "b2"_a, "shared_w1"_a, "shared_w2"_a, "shared_weights"_a, "activation"_a, "interleaved"_a, "alpha"_a,
-        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis"_a = false, "codes"_a = py::none(),
-        "shared_intermediate"_a = 0, "Routing and experts of a layer in one command buffer.");
+        "limit"_a, "fp32_acc"_a, "family"_a, "intermediate"_a = 0, "trellis_w1"_a = false, "trellis_w2"_a = false,
+        "codes"_a = py::none(), "shared_intermediate"_a = 0, "Routing and experts of a layer in one command buffer.");
   m.def("gather_experts", &gather_experts, "engine"_a, "weights"_a, "ids"_a, "out"_a,
         "out [n, ...] = weights [E, ...] of the experts ids [n]; zeros where an id is out of range.");
   m.def("dequantize_trellis", &dequantize_trellis, "engine"_a, "codes"_a, "suh"_a, "svh"_a, "out"_a, "half_bits"_a,

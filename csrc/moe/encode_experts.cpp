@@ -1,13 +1,10 @@
 #include "encode_experts.h"
 
-#include "encode_group.h"
 #include "encode_trellis_experts.h"
+#include "experts_encoding.h"
 
 #include "../core/trace.h"
-#include "moe/combine.h"
-#include "moe/group.h"
-
-#include <algorithm>
+#include "moe/trellis_product.h"
 
 namespace metal_moe {
 
@@ -18,20 +15,15 @@ bool rows_aligned(const TensorView& tensor, uint64_t row_stride) {
   return tensor.address % VECTOR_BYTES == 0 && row_stride * tensor.item_size % VECTOR_BYTES == 0;
 }
 
-/// Both matrix products of a layer: whether kernels may read whole vectors without edge handling.
-struct Vectorized {
-  bool gate_up;
-  bool down;
-};
-
 Vectorized vectorized(const TensorView& x, const ExpertsLayer& layer, const LayerShape& shape, uint32_t x_row_stride) {
   const bool shared = shape.shared > 0;
-  return {shape.hidden % 8 == 0 && rows_aligned(x, x_row_stride) &&
-              (layer.gate || rows_aligned(layer.w1, shape.hidden)) &&
-              (!shared || rows_aligned(layer.shared_w1, shape.hidden)),
-          shape.intermediate % 8 == 0 && (layer.down || rows_aligned(layer.w2, shape.intermediate)) &&
-              (!shared ||
-               (shape.shared_intermediate % 8 == 0 && rows_aligned(layer.shared_w2, shape.shared_intermediate)))};
+  return {layer.trellis_gate_up || (shape.hidden % 8 == 0 && rows_aligned(x, x_row_stride) &&
+                                    (layer.gate || rows_aligned(layer.w1, shape.hidden)) &&
+                                    (!shared || rows_aligned(layer.shared_w1, shape.hidden))),
+          layer.trellis_down ||
+              (shape.intermediate % 8 == 0 && (layer.down || rows_aligned(layer.w2, shape.intermediate)) &&
+               (!shared ||
+                (shape.shared_intermediate % 8 == 0 && rows_aligned(layer.shared_w2, shape.shared_intermediate))))};
 }
 
 /// Kernels of quantised weights read x, codes, scales and biases in vectors, from addresses that the caller sees to.
@@ -42,7 +34,7 @@ void check_quantized(const TensorView& x, const ExpertsLayer& layer, uint32_t x_
   check_alignment("shared_w1", layer.shared_gate);
   check_alignment("shared_w1", layer.shared_up);
   check_alignment("shared_w2", layer.shared_down);
-  if (layer.gate && !rows_aligned(x, x_row_stride))
+  if (layer.gate && !layer.trellis_gate_up && !rows_aligned(x, x_row_stride))
     throw std::invalid_argument("hidden_states has rows that do not start at multiples of " +
                                 std::to_string(VECTOR_BYTES) + " bytes: must be aligned where w1 is quantised");
 }
@@ -73,210 +65,6 @@ void check_quantized(const TensorView& x, const ExpertsLayer& layer, uint32_t x_
   }
   throw std::invalid_argument("kernel is 'moe_simd', but " + problem);
 }
-
-/// What the dispatches of a layer have in common.
-struct Encoding {
-  CommandStream& stream;
-  MoeEngine& engine;
-  const ExpertsPlan& plan;
-  const TensorView& x;
-  const ExpertsLayer& layer;
-  const SlotsView& ids;
-  const SlotsView& weights;
-  SlotsView shared_weights;
-  const TensorView& out;
-  Vectorized vectorized;
-  ExpertsArgs args;
-
-  void decode();
-  void grouped();
-  GroupTables group();
-
-  /// Bind from index 1 on; the first index that is free.
-  uint32_t gate_up_weights();
-  uint32_t down_weights();
-  uint32_t bind_part(uint32_t index, const QuantizedPart& part);
-  /// `view`, or where it is absent any buffer: every argument of a kernel must be bound.
-  BufferView or_any(const TensorView& view) const { return view ? view.view() : x.view(); }
-  /// Columns of a simdgroup in the GEMV families; down: in prefill4.
-  uint32_t gate_up_columns() const { return layer.gate ? QUANTIZED_COLUMNS : GATE_UP_COLUMNS; }
-  uint32_t down_columns() const { return layer.down ? QUANTIZED_COLUMNS : DOWN_PREFILL4_COLUMNS; }
-  uint32_t widest_intermediate() const { return std::max(plan.shape.intermediate, plan.shape.shared_intermediate); }
-  size_t activation_bytes() const { return size_t(plan.rows) * plan.shape.hidden * x.item_size + plan.h_bytes; }
-};
-
-uint32_t Encoding::bind_part(uint32_t index, const QuantizedPart& part) {
-  for (const TensorView* buffer : {&part.codes, &part.scales, &part.biases, &part.table})
-    stream.bind(index++, or_any(*buffer));
-  return index;
-}
-
-uint32_t Encoding::gate_up_weights() {
-  uint32_t index = 1;
-  if (layer.gate) {
-    for (const QuantizedPart* part : {&layer.gate, &layer.up, &layer.shared_gate, &layer.shared_up})
-      index = bind_part(index, *part);
-  } else {
-    stream.bind(index++, layer.w1.view());
-    stream.bind(index++, or_any(layer.shared_w1));
-  }
-  stream.bind(index++, or_any(layer.bias1));
-  args.has_bias = bool(layer.bias1);
-  args.vectorized = vectorized.gate_up;
-  return index;
-}
-
-uint32_t Encoding::down_weights() {
-  uint32_t index = 1;
-  if (layer.down) {
-    index = bind_part(bind_part(index, layer.down), layer.shared_down);
-  } else {
-    stream.bind(index++, layer.w2.view());
-    stream.bind(index++, or_any(layer.shared_w2));
-  }
-  stream.bind(index++, or_any(layer.bias2));
-  args.has_bias = bool(layer.bias2);
-  args.vectorized = vectorized.down;
-  return index;
-}
-
-/// Threadgroups for `columns` output columns in a GEMV family whose simdgroups take `per_simdgroup` each.
-uint32_t gemv_blocks(const Pipeline& pipeline, uint32_t columns, uint32_t per_simdgroup) {
-  return ceil_div(columns, gemv_threadgroup_columns(GEMV_SIMDGROUPS * per_simdgroup, pipeline.simd_width));
-}
-
-/// What these pipelines were compiled for.
-void record_codes(const Pipeline& gate_up, const Pipeline& down) {
-  const auto& first = gate_up.constants.values;
-  last_dispatch().codes = {first[0], first[1], down.constants.values[0]};
-}
-
-void Encoding::decode() {
-  const LayerShape& shape = plan.shape;
-  const BufferView h = stream.scratch(plan.h_bytes);
-
-  const Pipeline& gate_up = engine.pipeline(plan.gate_up, {{layer.gate.code, layer.up.code}});
-  stream.use(gate_up);
-  stream.bind(0, x.view());
-  uint32_t index = gate_up_weights();
-  stream.bind(index++, ids.view);
-  stream.bind(index++, h);
-  stream.bind_value(index, args);
-  stream.dispatch(MTL::Size(gemv_blocks(gate_up, widest_intermediate(), gate_up_columns()), plan.slots, shape.tokens),
-                  simdgroups(GEMV_SIMDGROUPS, gate_up.simd_width) * gate_up.simd_width,
-                  plan.gate_up_weight_bytes + activation_bytes());
-
-  const Pipeline& down = engine.pipeline(plan.down, {{layer.down.code}});
-  record_codes(gate_up, down);
-  stream.use(down);
-  stream.bind(0, h);
-  index = down_weights();
-  stream.bind(index++, ids.view);
-  stream.bind(index++, weights.view);
-  stream.bind(index++, shared_weights.view);
-  stream.bind(index++, out.view());
-  stream.bind_value(index, args);
-  stream.threadgroup_memory(0, DOWN_DECODE_MEMORY_BYTES);
-  const uint32_t columns = gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, down.simd_width);
-  stream.dispatch(MTL::Size(ceil_div(shape.hidden, columns), shape.tokens, 1),
-                  simdgroups(DOWN_DECODE_SIMDGROUPS, down.simd_width) * down.simd_width,
-                  plan.down_weight_bytes + activation_bytes());
-}
-
-GroupTables Encoding::group() {
-  const LayerShape& shape = plan.shape;
-  GroupTables tables;
-  tables.offsets = stream.scratch((size_t(shape.experts) + shape.shared + 1) * sizeof(uint32_t));
-  tables.sorted_rows = stream.scratch(size_t(plan.rows) * sizeof(uint32_t));
-  tables.inverse = stream.scratch(size_t(plan.rows) * sizeof(uint32_t));
-  tables.tiles = stream.scratch(size_t(plan.tiles) * sizeof(RowTile));
-  tables.max_tiles = plan.tiles;
-  encode_group(stream, engine, ids, shape.tokens, shape.top_k, shape.experts, shape.shared, plan.row_tile, tables);
-  return tables;
-}
-
-void Encoding::grouped() {
-  const LayerShape& shape = plan.shape;
-  args.tiles_from_ids = plan.tiles_from_ids;
-  const GroupTables tables = plan.tiles_from_ids ? GroupTables{} : group();
-  const auto or_ids = [&](const BufferView& view) { return view ? view : ids.view; };
-
-  const bool gemv = plan.family == Family::Prefill4;
-  const uint32_t wanted_simdgroups = gemv ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS;
-  const BufferView h = stream.scratch(plan.h_bytes);
-  const Pipeline& gate_up = engine.pipeline(plan.gate_up, {{layer.gate.code, layer.up.code}});
-  const uint32_t threads = simdgroups(wanted_simdgroups, gate_up.simd_width) * gate_up.simd_width;
-  stream.use(gate_up);
-  stream.bind(0, x.view());
-  uint32_t index = gate_up_weights();
-  stream.bind(index++, ids.view);
-  stream.bind(index++, or_ids(tables.sorted_rows));
-  stream.bind(index++, or_ids(tables.tiles));
-  stream.bind(index++, h);
-  stream.bind_value(index, args);
-  if (plan.threadgroup_bytes)
-    stream.threadgroup_memory(0, plan.threadgroup_bytes);
-  stream.dispatch(MTL::Size(plan.tiles,
-                            gemv ? gemv_blocks(gate_up, widest_intermediate(), gate_up_columns()) : plan.gate_up_blocks,
-                            1),
-                  threads, plan.gate_up_weight_bytes + activation_bytes());
-
-  const BufferView y = stream.scratch(plan.y_bytes);
-  args.out_row_stride = shape.hidden;
-  const Pipeline& down = engine.pipeline(plan.down, {{layer.down.code}});
-  record_codes(gate_up, down);
-  stream.use(down);
-  stream.bind(0, h);
-  index = down_weights();
-  stream.bind(index++, ids.view);
-  stream.bind(index++, or_ids(tables.tiles));
-  stream.bind(index++, y);
-  stream.bind_value(index, args);
-  if (plan.threadgroup_bytes)
-    stream.threadgroup_memory(0, plan.threadgroup_bytes);
-  stream.dispatch(
-      MTL::Size(plan.tiles, gemv ? gemv_blocks(gate_up, shape.hidden, down_columns()) : plan.down_blocks, 1), threads,
-      plan.down_weight_bytes + plan.h_bytes + plan.y_bytes);
-
-  CombineArgs combine{};
-  combine.tokens = shape.tokens;
-  combine.hidden = shape.hidden;
-  combine.experts = shape.experts;
-  combine.top_k = shape.top_k;
-  combine.shared = shape.shared;
-  combine.rows_by_assignment = plan.tiles_from_ids;
-  combine.ids_token_stride = ids.token_stride;
-  combine.ids_slot_stride = ids.slot_stride;
-  combine.id_words = ids.type;
-  combine.weights_token_stride = weights.token_stride;
-  combine.weights_slot_stride = weights.slot_stride;
-  combine.weights_type = weights.type;
-  combine.has_shared_weights = args.has_shared_weights;
-  combine.shared_token_stride = shared_weights.token_stride;
-  combine.shared_slot_stride = shared_weights.slot_stride;
-  combine.shared_type = shared_weights.type;
-  combine.out_row_stride = shape.hidden;
-  combine.vectorized = shape.hidden % COMBINE_COLUMNS == 0 && out.address % VECTOR_BYTES == 0;
-  const Pipeline& pipeline = engine.pipeline(plan.combine);
-  const uint32_t combine_threads = simdgroups(COMBINE_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width;
-  stream.use(pipeline);
-  stream.bind(0, y);
-  stream.bind(1, or_ids(tables.inverse));
-  stream.bind(2, ids.view);
-  stream.bind(3, weights.view);
-  stream.bind(4, shared_weights.view);
-  stream.bind(5, out.view());
-  stream.bind_value(6, combine);
-  // A one-thread simdgroup takes a whole row: splitting it would only split a loop that the compiler vectorises.
-  const uint32_t column_blocks =
-      pipeline.simd_width == 1 ? 1 : ceil_div(shape.hidden, combine_threads * COMBINE_COLUMNS);
-  stream.dispatch(MTL::Size(column_blocks, shape.tokens, 1), combine_threads,
-                  plan.y_bytes + size_t(shape.tokens) * shape.hidden * x.item_size);
-}
-
-} // namespace
-
-namespace {
 
 /// Of one expert.
 size_t part_bytes(const QuantizedPart& part) {
@@ -317,6 +105,7 @@ LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t t
   }
   shape.dtype = x.dtype;
   shape.gated = layer.activation != ACTIVATION_RELU2;
+  shape.trellis = layer.trellis_gate_up || layer.trellis_down;
   shape.quantized_gate_up_bytes = part_bytes(layer.gate) + part_bytes(layer.up);
   shape.quantized_down_bytes = part_bytes(layer.down);
   shape.quantized_shared_gate_up_bytes = part_bytes(layer.shared_gate) + part_bytes(layer.shared_up);
@@ -329,8 +118,9 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
   const LayerShape shape = layer_shape(x, layer, top_k);
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
   const Tuning& tuning = engine.tuning(tuned_layer(shape));
-  const Family family = layer.family ? parse_family(*layer.family, fp32_accumulation)
-                                     : select_family(tuning, shape.tokens, uint64_t(shape.tokens) * shape.top_k);
+  const Family family = layer.family      ? parse_family(*layer.family, fp32_accumulation)
+                        : layer.trellis() ? select_trellis_family(shape.tokens)
+                                          : select_family(tuning, shape.tokens, uint64_t(shape.tokens) * shape.top_k);
   ExpertsPacking packing{};
   if (shape.tokens == 0)
     return packing;
@@ -382,9 +172,9 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const ExpertsPacki
 
   DispatchTrace& trace = last_dispatch();
   trace.family = family_name(plan.family, plan.fp32_accumulation);
-  trace.choice = layer.family ? FamilyChoice::Requested : FamilyChoice::Tokens;
+  trace.choice = layer.family ? FamilyChoice::Requested : layer.trellis() ? FamilyChoice::Format : FamilyChoice::Tokens;
   trace.row_tile = plan.row_tile;
-  trace.tile_n = plan.variant->tile_n;
+  trace.tile_n = layer.trellis() ? TRELLIS_TILE : plan.variant->tile_n;
   trace.vectorized = aligned.gate_up && aligned.down;
   trace.activation = layer.activation;
   if (!trace.vectorized)
@@ -396,17 +186,23 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const ExpertsPacki
 
   const SlotsView shared_weights{layer.shared_weights ? layer.shared_weights.view() : weights.view,
                                  args.shared_token_stride, args.shared_slot_stride, args.shared_type};
-  Encoding encoding{stream, engine, plan, x, layer, ids, weights, shared_weights, out, aligned, args};
-  if (plan.grouped)
-    encoding.grouped();
-  else
-    encoding.decode();
+  ExpertsEncoding encoding{stream, engine, plan, x, layer, ids, weights, shared_weights, out, aligned, args};
+  if (shape.trellis)
+    return encode_trellis_experts(encoding);
+  const BufferView h = stream.scratch(plan.h_bytes);
+  if (!plan.grouped) {
+    encoding.gate_up_decode(h);
+    encoding.down_decode(h);
+    return;
+  }
+  const GroupTables tables =
+      plan.tiles_from_ids ? GroupTables{} : encode_plan_group(stream, engine, plan, ids, plan.row_tile);
+  encoding.gate_up_grouped(tables, h);
+  encoding.down_grouped(tables, h);
 }
 
 void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
                     const SlotsView& ids, const SlotsView& weights, uint32_t top_k, const TensorView& out) {
-  if (layer.trellis)
-    return encode_trellis_experts(stream, engine, x, layer, ids, weights, top_k, out);
   encode_experts(stream, engine, pack_experts(engine, x, layer, ids, weights, top_k), x, layer, ids, weights, out);
 }
 

@@ -23,18 +23,19 @@ struct QuantizedPart {
 /// Weights and options of the experts, shapes as fused_experts of the Python package documents them. Absent tensors are
 /// empty views.
 struct ExpertsLayer {
-  TensorView w1;             // [E, 2I, H], relu2: [E, I, H]
-  TensorView w2;             // [E, H, I]
-  QuantizedPart gate;        // in place of w1; relu2: its one matrix
-  QuantizedPart up;          // absent where there is no gate
-  QuantizedPart down;        // in place of w2
-  uint32_t intermediate = 0; // I, where `down` is given: records are not read here
-  bool trellis = false;      // gate, up and down are trellis codes, which no other format goes with
-  TensorView bias1;          // [E, 2I] or [E, I]
-  TensorView bias2;          // [E, H]
-  TensorView shared_w1;      // [N, 2Is, H] or [N, Is, H]
-  TensorView shared_w2;      // [N, H, Is]
-  QuantizedPart shared_gate; // in place of shared_w1, where `gate` is given
+  TensorView w1;                // [E, 2I, H], relu2: [E, I, H]
+  TensorView w2;                // [E, H, I]
+  QuantizedPart gate;           // in place of w1; relu2: its one matrix
+  QuantizedPart up;             // absent where there is no gate
+  QuantizedPart down;           // in place of w2
+  uint32_t intermediate = 0;    // I, where `down` is given: records are not read here
+  bool trellis_gate_up = false; // gate and up are trellis codes, as no expert or all of them are
+  bool trellis_down = false;    // so is down; without shared experts where either is
+  TensorView bias1;             // [E, 2I] or [E, I]
+  TensorView bias2;             // [E, H]
+  TensorView shared_w1;         // [N, 2Is, H] or [N, Is, H]
+  TensorView shared_w2;         // [N, H, Is]
+  QuantizedPart shared_gate;    // in place of shared_w1, where `gate` is given
   QuantizedPart shared_up;
   QuantizedPart shared_down;        // in place of shared_w2, where `down` is given
   uint32_t shared_intermediate = 0; // Is, where `shared_down` is given
@@ -45,6 +46,9 @@ struct ExpertsLayer {
   float limit = 7.0f;
   bool fp32_accumulation = true;
   std::optional<std::string_view> family; // by name; none: chosen by the number of tokens
+
+  /// Whether both products have trellis weights.
+  bool trellis() const { return trellis_gate_up && trellis_down; }
 };
 
 /// Kernels read codes, scales and biases in vectors: std::invalid_argument naming `argument` where one of the part's
@@ -68,7 +72,7 @@ struct ExpertsPacking {
   ExpertsArgs args; // without what differs between the dispatches
 };
 
-/// For layers that are not `trellis`. std::invalid_argument as encode_experts.
+/// std::invalid_argument as encode_experts.
 ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
                             const SlotsView& ids, const SlotsView& weights, uint32_t top_k);
 

@@ -1,14 +1,13 @@
-// Encodes the experts of a layer whose weights are trellis codes: products with rotated weights, and the rotations of
-// activations around them.
+// Encodes the experts of a layer one of whose products has trellis weights, or both.
 #pragma once
 
-#include "encode_experts.h"
+#include "experts_encoding.h"
 
 namespace metal_moe {
 
-/// encode_experts for gate, up and down in trellis codes of any rates and codebooks, without shared experts and not
-/// interleaved: three dispatches for one token; else six, as rotations are kernels between the products, and group.
-void encode_trellis_experts(CommandStream& stream, MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
-                            const SlotsView& ids, const SlotsView& weights, uint32_t top_k, const TensorView& out);
+/// The dispatches of a layer with `trellis_gate_up`, `trellis_down` or both, any rates and codebooks, without shared
+/// experts. `others` has the products with other weights, if there are any. Both: three dispatches for decode; else
+/// six, as rotations are kernels between the products, and group.
+void encode_trellis_experts(ExpertsEncoding& others);
 
 } // namespace metal_moe

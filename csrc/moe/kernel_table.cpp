@@ -84,10 +84,14 @@ std::vector<KernelEntry> build_table() {
                               {VITERBI_KERNEL, Stage::Viterbi}})
     table[index] = {stage_name(stage), stage, nullptr, Dtype::Other, false};
   for (auto [index, name, stage] : {std::tuple{TRELLIS_PRODUCT_M4_KERNEL, "trellis_product_m4", Stage::TrellisProduct},
+                                    {TRELLIS_PRODUCT_M8_KERNEL, "trellis_product_m8", Stage::TrellisProduct},
+                                    {TRELLIS_PRODUCT_M16_KERNEL, "trellis_product_m16", Stage::TrellisProduct},
                                     {TRELLIS_GATE_UP_DECODE_KERNEL, "trellis_gate_up_decode", Stage::TrellisGateUp},
                                     {TRELLIS_DOWN_DECODE_KERNEL, "trellis_down_decode", Stage::TrellisDown},
                                     {ROTATE_INPUTS_KERNEL, "rotate_inputs", Stage::Rotate},
                                     {ROTATE_ACTIVATIONS_KERNEL, "rotate_activations", Stage::Rotate},
+                                    {UNROTATE_ACTIVATIONS_KERNEL, "unrotate_activations", Stage::Rotate},
+                                    {ROTATE_INTERMEDIATE_KERNEL, "rotate_intermediate", Stage::Rotate},
                                     {ROTATE_OUTPUTS_KERNEL, "rotate_outputs", Stage::RotateOutputs}})
     table[index] = {name, stage, nullptr, Dtype::Other, false};
   for (Dtype dtype : FLOATS)

@@ -49,15 +49,17 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
   plan.family = family;
   plan.fp32_accumulation = fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
   plan.grouped = family != Family::Decode;
-  if (plan.grouped)
+  if (plan.grouped || shape.trellis) // rows of trellis weights may be grouped where those of the other product are not
     check_grouping(shape, rows);
 
-  uint32_t variant = select_variant(tuning, family, uint64_t(shape.tokens) * shape.top_k, shape.experts);
+  // Products with trellis weights have the smallest row tile of each family.
+  const uint64_t routed_rows = shape.trellis ? 0 : uint64_t(shape.tokens) * shape.top_k;
+  uint32_t variant = select_variant(tuning, family, routed_rows, shape.experts);
   const uint32_t place = quantized_variant(variant);
   if (shape.quantized())
     variant = QUANTIZED_VARIANTS[place]; // of both products: they share the row tile
   plan.variant = &VARIANTS[variant];
-  plan.row_tile = family == Family::Prefill4 ? tuning.prefill4_row_tile : plan.variant->row_tile;
+  plan.row_tile = family == Family::Prefill4 && !shape.trellis ? tuning.prefill4_row_tile : plan.variant->row_tile;
   const auto kernel = [&](Stage stage, size_t quantized_bytes) {
     return quantized_bytes ? quantized_kernel(place, stage, shape.dtype)
                            : expert_kernel(variant, stage, shape.dtype, plan.fp32_accumulation);
@@ -68,8 +70,8 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
 
   plan.slots = shape.top_k + shape.shared;
   plan.rows = size_argument("tokens * (top_k + shared experts)", static_cast<int64_t>(rows));
-  plan.tiles_from_ids =
-      plan.grouped && plan.rows <= tuning.tiles_from_ids_assignments && plan.row_tile <= TILES_FROM_IDS_ROWS;
+  plan.tiles_from_ids = plan.grouped && !shape.trellis && plan.rows <= tuning.tiles_from_ids_assignments &&
+                        plan.row_tile <= TILES_FROM_IDS_ROWS;
   plan.tiles = plan.grouped ? max_row_tiles(plan.rows, plan.row_tile, shape.experts + shape.shared) : 0;
 
   const uint32_t widest = std::max(shape.intermediate, shape.shared_intermediate);

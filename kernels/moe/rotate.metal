@@ -20,12 +20,6 @@ constexpr constant uint OUTPUT_THREADS = OUTPUT_SIMDGROUPS * SIMD_WIDTH;
 /// Columns of a block that a thread sums over slots: one, if threads suffice.
 constexpr constant uint OUTPUT_COLUMNS = OUTPUT_THREADS < HADAMARD_BLOCK ? HADAMARD_BLOCK / OUTPUT_THREADS : 1;
 
-inline void store_values(device float* to, thread const float (&value)[VALUES]) {
-  UNROLL_SHARE
-  for (uint i = 0; i < VALUES; ++i)
-    to[i] = value[i];
-}
-
 [[kernel, max_total_threads_per_threadgroup(THREADS)]]
 void rotate_inputs(device const uchar* x [[buffer(0)]], device const int* ids [[buffer(1)]],
                    device const uchar* gate_scales [[buffer(2)]], device const ExpertMatrix* gate_table [[buffer(3)]],
@@ -61,7 +55,7 @@ void rotate_activations(device const float* h [[buffer(0)]], device const int* i
   if (block >= rotate_blocks(args.intermediate) || expert == NO_EXPERT)
     return;
   const uint first = block * HADAMARD_BLOCK + lane * VALUES;
-  const ActivationBuffers from{h, bias, gate_biases, gate_table, up_biases, up_table, down_scales, down_table};
+  const ActivationBuffers from{{h, bias, gate_biases, gate_table, up_biases, up_table}, down_scales, down_table};
   float value[VALUES];
   rotated_activation(from, assignment, expert, first, lane, args, value);
   store_values(out + ulong(assignment) * rotate_padded(args.intermediate) + first, value);

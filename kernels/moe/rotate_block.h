@@ -80,39 +80,50 @@ inline void load_values(device const float* from, ulong step, uint slices, ulong
 #endif
 }
 
-/// H (suh * x) of a row that begins at element `row` of x; suh: this lane's.
-inline void rotated_input(device const uchar* x, ulong row, device const half* suh, uint first, uint lane,
-                          constant RotateArgs& args, thread float (&value)[ROTATE_VALUES]) {
+/// A lane's share of a rotated block.
+inline void store_values(device float* to, thread const float (&value)[ROTATE_VALUES]) {
   UNROLL_SHARE
   for (uint i = 0; i < ROTATE_VALUES; ++i)
-    value[i] = first + i < args.hidden ? load_scalar(x, row + first + i, args.type) * float(suh[i]) : 0.0f;
+    to[i] = value[i];
+}
+
+/// H (suh * x) of a row of `columns` columns of a ScalarType that begins at element `row` of x; suh: this lane's.
+inline void rotated_row(device const uchar* x, ulong row, uint columns, uint type, device const half* suh, uint first,
+                        uint lane, thread float (&value)[ROTATE_VALUES]) {
+  UNROLL_SHARE
+  for (uint i = 0; i < ROTATE_VALUES; ++i)
+    value[i] = first + i < columns ? load_scalar(x, row + first + i, type) * float(suh[i]) : 0.0f;
   rotate(value, lane);
 }
 
-/// What the rotation of activations reads; see rotate.h.
-struct ActivationBuffers {
+/// The same of a row of hidden states.
+inline void rotated_input(device const uchar* x, ulong row, device const half* suh, uint first, uint lane,
+                          constant RotateArgs& args, thread float (&value)[ROTATE_VALUES]) {
+  rotated_row(x, row, args.hidden, args.type, suh, first, lane, value);
+}
+
+/// What becomes of the sums of gate and up; see rotate.h.
+struct GateUpBuffers {
   device const float* h;
   device const uchar* bias;
   device const uchar* gate_biases;
   device const ExpertMatrix* gate_table;
   device const uchar* up_biases;
   device const ExpertMatrix* up_table;
-  device const uchar* down_scales;
-  device const ExpertMatrix* down_table;
 };
 
-/// H (suh_down * act(svh_gate * H h[gate] + bias, svh_up * H h[up] + bias)) of an assignment.
-inline void rotated_activation(thread const ActivationBuffers& from, uint assignment, uint expert, uint first,
-                               uint lane, constant RotateArgs& args, thread float (&value)[ROTATE_VALUES]) {
+/// act(svh_gate * H h[gate] + bias, svh_up * H h[up] + bias) of an assignment; beyond I whatever the function makes of
+/// what stands there.
+inline void unrotated_activation(thread const GateUpBuffers& from, uint assignment, uint expert, uint first, uint lane,
+                                 constant RotateArgs& args, thread float (&value)[ROTATE_VALUES]) {
   const uint padded = rotate_padded(args.intermediate);
   const ulong matrix = ulong(args.rows) * padded, slice = args.gated ? 2 * matrix : matrix;
   device const float* h = from.h + ulong(assignment) * padded + first;
-  float both[2][ROTATE_VALUES], svh[2][ROTATE_VALUES], suh[ROTATE_VALUES];
+  float both[2][ROTATE_VALUES], svh[2][ROTATE_VALUES];
   // Without a gate both are the same: what the function makes of the second is not looked at.
   load_values<2>(h, args.gated ? matrix : 0, args.slices, slice, both);
   load_scales(lane_scales(from.gate_biases, from.gate_table[expert].biases, first), svh[0]);
   load_scales(lane_scales(from.up_biases, from.up_table[expert].biases, first), svh[1]);
-  load_scales(lane_scales(from.down_scales, from.down_table[expert].scales, first), suh);
   rotate(both[0], lane);
   rotate(both[1], lane);
   UNROLL_SHARE
@@ -131,10 +142,25 @@ inline void rotated_activation(thread const ActivationBuffers& from, uint assign
     }
   }
   UNROLL_SHARE
-  for (uint i = 0; i < ROTATE_VALUES; ++i) {
-    const float activated = activate(args.activation, both[0][i], both[1][i], args.alpha, args.limit);
-    // Columns beyond I: whatever the function makes of them, weights there are none.
-    value[i] = first + i < args.intermediate ? activated * suh[i] : 0.0f;
-  }
+  for (uint i = 0; i < ROTATE_VALUES; ++i)
+    value[i] = activate(args.activation, both[0][i], both[1][i], args.alpha, args.limit);
+}
+
+/// What the rotation of activations reads; see rotate.h.
+struct ActivationBuffers {
+  GateUpBuffers gate_up;
+  device const uchar* down_scales;
+  device const ExpertMatrix* down_table;
+};
+
+/// H (suh_down * act(svh_gate * H h[gate] + bias, svh_up * H h[up] + bias)) of an assignment.
+inline void rotated_activation(thread const ActivationBuffers& from, uint assignment, uint expert, uint first,
+                               uint lane, constant RotateArgs& args, thread float (&value)[ROTATE_VALUES]) {
+  float suh[ROTATE_VALUES];
+  load_scales(lane_scales(from.down_scales, from.down_table[expert].scales, first), suh);
+  unrotated_activation(from.gate_up, assignment, expert, first, lane, args, value);
+  UNROLL_SHARE
+  for (uint i = 0; i < ROTATE_VALUES; ++i) // columns beyond I: there are no weights for them
+    value[i] = first + i < args.intermediate ? value[i] * suh[i] : 0.0f;
   rotate(value, lane);
 }

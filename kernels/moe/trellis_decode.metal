@@ -150,7 +150,7 @@ void trellis_down_decode(device const float* h [[buffer(0)]], device const int* 
                               slice_blocks(slice, args.rotate.intermediate, args), column, memory,
                               out + place * rotate_padded(args.rotate.hidden) + column, simdgroup, lane);
   product.prefetch(thread_index);
-  const ActivationBuffers from{h, bias, gate_biases, gate_table, up_biases, up_table, down_scales, down_table};
+  const ActivationBuffers from{{h, bias, gate_biases, gate_table, up_biases, up_table}, down_scales, down_table};
   for (uint b = simdgroup; b < product.blocks; b += SIMDGROUPS) {
     const uint first = (slice * args.blocks + b) * HADAMARD_BLOCK + lane * ROTATE_VALUES;
     float value[ROTATE_VALUES];

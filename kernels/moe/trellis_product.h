@@ -1,4 +1,4 @@
-// Arguments of `trellis_product_m4`: rotated rows times the tiles of their experts' trellis weights.
+// Arguments of `trellis_product_m4`, `_m8` and `_m16`: rotated rows times the tiles of their experts' trellis weights.
 #pragma once
 #include "../formats/trellis.h"
 
@@ -7,7 +7,7 @@ SHARED_CONSTANT uint TRELLIS_PRODUCT_SIMDGROUPS = 4;
 /// Tiles of outputs of a threadgroup. A one-thread simdgroup takes eight, whose codes lie side by side: each row of
 /// tiles is a page or more from the next.
 constexpr uint trellis_product_tiles(uint simd_width) { return simd_width == 1 ? 8 : 1; }
-/// Rows of a row tile, with more than one token.
+/// Rows of the smallest row tile, that of prefill4; base has 8, large_batch 16.
 SHARED_CONSTANT uint TRELLIS_PRODUCT_ROWS = 4;
 
 /// Threadgroup memory: sums of each simdgroup.

@@ -1,9 +1,9 @@
-// trellis_product_m4: rows times the tiles of trellis weights, without rotations.
+// trellis_product_m4, _m8, _m16: rows times the tiles of trellis weights, without rotations.
 //
 //   out[p, a, n] = sum over k of What_p[expert(a)][k, n] * x[p, a, k],  p = first, second matrix
 //
 // Layouts: see trellis_product.h, and trellis.h for tiles. A threadgroup takes a row tile, up to
-// TRELLIS_PRODUCT_ROWS rows of one expert, which share decoded weights. Bits and codebook are those of the expert's
+// 4, 8 or 16 rows of one expert, which share decoded weights. Bits and codebook are those of the expert's
 // record, found once for a threadgroup, so that a layer may mix them.
 //
 // On a GPU a threadgroup makes the 16 outputs of one column of tiles; its simdgroups take rows of tiles in turn. A lane
@@ -135,25 +135,24 @@ inline void trellis_product(device const uchar* codes, device const ExpertMatrix
   with_trellis_code(half_bits, code ? code_codebook(code) : record.codebook, product);
 }
 
+template <uint R>
 [[kernel, max_total_threads_per_threadgroup(THREADS)]]
-void trellis_product_m4(device const float* x [[buffer(0)]], device const uchar* first_codes [[buffer(1)]],
-                        device const ExpertMatrix* first_table [[buffer(2)]],
-                        device const uchar* second_codes [[buffer(3)]],
-                        device const ExpertMatrix* second_table [[buffer(4)]],
-                        device const uint* sorted_rows [[buffer(5)]], device const RowTile* tiles [[buffer(6)]],
-                        device float* out [[buffer(7)]], constant TrellisProductArgs& args [[buffer(8)]],
-                        threadgroup float* partial [[threadgroup(0)]],
-                        uint3 threadgroup_position [[threadgroup_position_in_grid]],
-                        uint thread_index [[thread_index_in_threadgroup]],
-                        uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+void trellis_rows(device const float* x [[buffer(0)]], device const uchar* first_codes [[buffer(1)]],
+                  device const ExpertMatrix* first_table [[buffer(2)]], device const uchar* second_codes [[buffer(3)]],
+                  device const ExpertMatrix* second_table [[buffer(4)]], device const uint* sorted_rows [[buffer(5)]],
+                  device const RowTile* tiles [[buffer(6)]], device float* out [[buffer(7)]],
+                  constant TrellisProductArgs& args [[buffer(8)]], threadgroup float* partial [[threadgroup(0)]],
+                  uint3 threadgroup_position [[threadgroup_position_in_grid]],
+                  uint thread_index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                  uint lane [[thread_index_in_simdgroup]]) {
   const RowTile tile = tiles[threadgroup_position.y];
   const uint matrix = threadgroup_position.z, column = threadgroup_position.x * TILES * TRELLIS_TILE;
   if (tile.rows == 0)
     return;
-  TrellisProduct<TRELLIS_PRODUCT_ROWS> product;
+  TrellisProduct<R> product;
   product.inputs = args.inputs;
   UNROLL
-  for (uint r = 0; r < TRELLIS_PRODUCT_ROWS; ++r) {
+  for (uint r = 0; r < R; ++r) {
     // Beyond the tile's rows its last again.
     const ulong place = ulong(matrix) * args.rows + sorted_rows[tile.first_row + min(r, tile.rows - 1)];
     product.x[r] = x + place * args.inputs;
@@ -167,3 +166,7 @@ void trellis_product_m4(device const float* x [[buffer(0)]], device const uchar*
   trellis_product(matrix == 0 ? first_codes : second_codes, matrix == 0 ? first_table : second_table,
                   matrix == 0 ? FIRST_MATRIX : SECOND_MATRIX, tile.expert, column, product);
 }
+
+template [[host_name("trellis_product_m4")]] [[kernel]] decltype(trellis_rows<4>) trellis_rows<4>;
+template [[host_name("trellis_product_m8")]] [[kernel]] decltype(trellis_rows<8>) trellis_rows<8>;
+template [[host_name("trellis_product_m16")]] [[kernel]] decltype(trellis_rows<16>) trellis_rows<16>;

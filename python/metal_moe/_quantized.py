@@ -19,7 +19,7 @@ from .formats.part import Part
 
 # Formats that the kernels decode (kernels/formats/decoders.h), in any mix with each other and with dense weights.
 KERNEL_FORMATS = tuple(sorted(name for name, known in Format.registry.items() if known.IN_KERNELS))
-# Weights of rotated activations: kernels of their own (kernels/moe/rotate.metal), for w1 and w2 alike.
+# Weights of rotated activations: kernels of their own (kernels/moe/rotate.metal), for all experts of w1 or of w2.
 TRELLIS = "trellis"
 # Of a record: what a kernel may be compiled for, in the order that `_core.matrix_code` takes.
 _CODE_FIELDS = ("format", "half_bits", "group_size", "codebook", "scale_type")
@@ -72,20 +72,15 @@ def _call_quantized(op, quantized, hidden_states, w1, w2, *args, shared_w1=None,
     for name in shared:
         if isinstance(given[name], QuantizedExperts) and given[name].bias is not None:
             wrong_value(op, name, "with a bias", "without: shared experts have none")
-    if trellis:
-        for name in _WEIGHTS[:2]:
-            if name not in trellis:
-                wrong_value(op, name, "of another format", "trellis, as the other of w1 and w2 is")
-        if kwargs.get("kernel") is not None:
-            wrong_value(op, "kernel", kwargs["kernel"], "None with trellis weights, which have kernels of their own")
-        kwargs["trellis"] = True
+    for name in trellis:
+        kwargs[f"trellis_{name}"] = True
     # The routed and the shared experts of a product run in one dispatch: as parts, both, where one of them is.
     flat = []
     for name, other in (("w1", "shared_w1"), ("w2", "shared_w2"), ("shared_w1", "w1"), ("shared_w2", "w2")):
         parts = isinstance(given[name], QuantizedExperts) or isinstance(given[other], QuantizedExperts)
         pair = gated and name.endswith("w1")
         dtype = hidden_states.dtype if isinstance(hidden_states, Tensor) else None
-        flat += _flat(op, name, given[name], pair, pair and interleaved is True, bool(trellis), parts, dtype)
+        flat += _flat(op, name, given[name], pair, pair and interleaved is True, name in trellis, parts, dtype)
     kwargs["codes"] = [
         *_codes(w1, shared_w1, gated, gated and interleaved is True),
         *([] if gated else [0]),
@@ -111,7 +106,7 @@ def _apart(op, quantized, hidden_states, given, args, kwargs) -> Tensor:
     if shared_weights is None:
         shared_weights = hidden_states.new_ones(1, 1).expand(tokens, count)
     ids = torch.arange(count, dtype=torch.int32, device=hidden_states.device).expand(tokens, count)
-    options = ("activation", "interleaved", "alpha", "limit", "use_fp32_acc")
+    options = ("activation", "interleaved", "alpha", "limit", "use_fp32_acc", "kernel")
     kept = {name: kwargs[name] for name in options if name in kwargs}
     return routed + experts.fused_experts(hidden_states, shared_w1, shared_w2, shared_weights, ids, **kept)
 
@@ -153,7 +148,7 @@ def _flat(
             wrong_value(op, name, f"of shape {tuple(weights.shape)}", "of an even number of rows, gate and up")
         of_weights = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
         for part in of_weights:
-            _check_formats(op, name, part, (TRELLIS,) if trellis else KERNEL_FORMATS)
+            _check_formats(op, name, part, trellis)
         cached = [tensor for part in of_weights for tensor in (part.codes, part.scales, part.biases, part.table)]
         weights.kernel_buffers[pair, interleaved] = cached
         weights.kernel_codes[pair, interleaved] = [_matrix_code(part) for part in of_weights]
@@ -181,8 +176,11 @@ def _matrix_code(part: Part) -> int:
     return _core.matrix_code(*(int(records[field][0]) for field in _CODE_FIELDS), aligned)
 
 
-def _check_formats(op: str, name: str, part: Part, known: tuple[str, ...]) -> None:
+def _check_formats(op: str, name: str, part: Part, trellis: bool) -> None:
     for expert, settings in enumerate(part.settings):
-        if settings.format not in known:
-            must = f"of a format that kernels decode with the others: {', '.join(known)}"
+        if trellis and settings.format != TRELLIS:
+            must = f"trellis, as others of {name} are: with those its experts, gate and up share no kernel"
+            wrong_value(op, name, f"{settings.format} (expert {expert})", must)
+        if not trellis and settings.format not in KERNEL_FORMATS:
+            must = f"of a format that kernels decode with the others: {', '.join(KERNEL_FORMATS)}"
             wrong_value(op, name, f"{settings.format} (expert {expert})", must)

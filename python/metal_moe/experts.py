@@ -90,13 +90,15 @@ def fused_experts_quantized(
     shared_weights: Tensor | None = None,
     use_fp32_acc: bool = True,
     kernel: str | None = None,
-    trellis: bool = False,
+    trellis_w1: bool = False,
+    trellis_w2: bool = False,
     codes: list[int] | None = None,
 ) -> Tensor:
     """`fused_experts` with the buffers of quantised weights: what it calls for `QuantizedExperts`.
 
     `w1` and `w2` are the one dense tensor, or codes, scales, biases and table of a part, of gate and then of up for w1.
-    So are `shared_w1` and `shared_w2`: each as w1 or w2 is, or empty. `trellis`: they are trellis codes, all of them.
+    So are `shared_w1` and `shared_w2`: each as w1 or w2 is, or empty. `trellis_w1`, `trellis_w2`: its
+    weights are trellis codes; then there are no shared experts.
     `codes`: how all experts of gate, up and down are stored, shared ones too; numbers of `_core.matrix_code`, or 0.
     """
     op = "fused_experts"
@@ -147,7 +149,8 @@ def fused_experts_quantized(
             use_fp32_acc,
             kernel,
             w2_shape[2],
-            trellis,
+            trellis_w1,
+            trellis_w2,
             codes,
             shared_w2_shape[2] if shared_w2 else 0,
         )
@@ -185,7 +188,8 @@ def fused_moe_quantized(
     shared_weights: Tensor | None = None,
     use_fp32_acc: bool = True,
     kernel: str | None = None,
-    trellis: bool = False,
+    trellis_w1: bool = False,
+    trellis_w2: bool = False,
     codes: list[int] | None = None,
 ) -> Tensor:
     """`fused_moe` with the buffers of quantised weights, as `fused_experts_quantized` takes them."""
@@ -258,7 +262,8 @@ def fused_moe_quantized(
             use_fp32_acc,
             kernel,
             w2_shape[2],
-            trellis,
+            trellis_w1,
+            trellis_w2,
             codes,
             shared_w2_shape[2] if shared_w2 else 0,
         )
@@ -298,7 +303,8 @@ def fused_experts(
         w1: [E, 2I, H], contiguous, dtype of `hidden_states`: per expert I gate rows, then I up rows.
             With activation "relu2", which has no gate: [E, I, H].
             Or `QuantizedExperts` of that shape, also of gate and up apart; a bias of its own is added.
-        w2: [E, H, I], contiguous, dtype of `hidden_states`. Or `QuantizedExperts` of that shape.
+        w2: [E, H, I], contiguous, dtype of `hidden_states`. Or `QuantizedExperts` of that shape. Of w1 and of w2 all
+            experts are trellis codes, or none is.
         topk_weights: [T, k] float32, float16 or bfloat16, any strides.
         topk_ids: [T, k] int32 or int64, any strides. k from 1 to E. An id outside 0..E-1 (an expert that lives on
             another machine) contributes nothing.
