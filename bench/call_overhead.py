@@ -1,8 +1,9 @@
 """Where the time of one `fused_experts` call goes that is not in its kernels.
 
-    python bench/call_overhead.py [--rounds N] [--limit MICROSECONDS] [--flame FILE.svg]
+    python bench/call_overhead.py [--format affine4] [--rounds N] [--limit MICROSECONDS] [--flame FILE.svg]
 
-The smallest layer (one token, H = I = 64, 4 experts, 2 per token), called from Python in a loop. Kernels are left out
+The smallest layer (one token, H = I = 64, 4 experts, 2 per token), called from Python in a loop. --format: with
+quantised weights, or with dense ones that are stored as a format ("dense"). Kernels are left out
 by the stand-in's device that runs nothing, so that what is left is our own; the difference to the same call with
 kernels is theirs. Each figure is the least mean of many short rounds: what else the machine does only ever adds.
 
@@ -22,10 +23,12 @@ from pathlib import Path
 
 import metal_moe
 import torch
-from metal_moe import _core, experts
+from layer_bench.cases import FORMATS as QUANTIZED
+from metal_moe import QuantizedExperts, _core, experts
 
 HIDDEN = INTERMEDIATE = 64
 EXPERTS, TOP_K = 4, 2
+FORMATS = {"dense": {"format": "dense"}, **QUANTIZED}
 CALLS_PER_ROUND = 50  # some hundred microseconds: most rounds meet nobody else
 FLAME_SECONDS, SAMPLES_PER_SECOND = 15, 400
 
@@ -41,21 +44,21 @@ def least_mean(function: Callable[[], object], rounds: int) -> float:
     return best / CALLS_PER_ROUND
 
 
-def make_arguments() -> tuple[torch.Tensor, ...]:
+def make_arguments(format: str | None = None) -> tuple[torch.Tensor | QuantizedExperts, ...]:
     generator = torch.Generator().manual_seed(0)
     weights, ids = metal_moe.fused_topk(torch.randn(1, EXPERTS, generator=generator), TOP_K)
-    return (
-        torch.randn(1, HIDDEN, generator=generator),
-        torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator),
-        torch.randn(EXPERTS, HIDDEN, INTERMEDIATE, generator=generator),
-        weights,
-        ids,
-    )
+    x = torch.randn(1, HIDDEN, generator=generator)
+    w1 = torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator)
+    w2 = torch.randn(EXPERTS, HIDDEN, INTERMEDIATE, generator=generator)
+    if format:
+        gate, up = w1.chunk(2, 1)
+        w1, w2 = (QuantizedExperts.quantize(each, **FORMATS[format]) for each in ({"gate": gate, "up": up}, w2))
+    return x, w1, w2, weights, ids
 
 
-def measure(rounds: int) -> dict[str, float]:
+def measure(rounds: int, format: str | None = None) -> dict[str, float]:
     """Seconds by what they are of."""
-    arguments = make_arguments()
+    arguments = make_arguments(format)
     hidden_states = arguments[0]
     call = metal_moe.fused_experts
     times = {"with kernels": least_mean(lambda: call(*arguments), rounds)}
@@ -68,7 +71,8 @@ def measure(rounds: int) -> dict[str, float]:
             lambda: torch.empty_like(hidden_states, memory_format=torch.contiguous_format), rounds
         )
         times["checked"] = least_mean(lambda: call.__wrapped__(*arguments), rounds)
-        times["dispatcher"] = least_mean(lambda: torch.ops.metal_moe.fused_experts(*arguments), rounds)
+        if not format:
+            times["dispatcher"] = least_mean(lambda: torch.ops.metal_moe.fused_experts(*arguments), rounds)
         times["loop"] = least_mean(lambda: None, rounds)
     finally:
         _core.set_cpu_engine_null(False)
@@ -86,14 +90,16 @@ def report(times: dict[str, float]) -> str:
         ("  extension: other modes, arguments, encode, commit, wait", extension - output),
         ("kernels, and what waiting for them adds", times["with kernels"] - times["call"]),
         ("the same call, unlike any earlier one: checked in Python", times["checked"] - times["loop"]),
-        ("the same call through torch.ops, as torch.compile makes it", times["dispatcher"] - times["loop"]),
     ]
+    if "dispatcher" in times:
+        torch_ops = "the same call through torch.ops, as torch.compile makes it"
+        lines.append((torch_ops, times["dispatcher"] - times["loop"]))
     return "\n".join(f"{name:<66}{seconds * 1e6:8.2f} us" for name, seconds in lines)
 
 
-def call_for_ever() -> None:
+def call_for_ever(format: str | None) -> None:
     """The process that is sampled."""
-    arguments = make_arguments()
+    arguments = make_arguments(format)
     _core.set_cpu_engine_null(True)
     call = metal_moe.fused_experts
     call(*arguments)
@@ -103,13 +109,13 @@ def call_for_ever() -> None:
             call(*arguments)
 
 
-def write_flame_graph(path: Path) -> None:
+def write_flame_graph(path: Path, format: str | None) -> None:
     """Of the call without kernels. RuntimeError where py-spy is not there or may not trace."""
     beside_python = str(Path(sys.executable).parent)
     py_spy = shutil.which("py-spy", path=beside_python) or shutil.which("py-spy")
     if py_spy is None:
         raise RuntimeError("--flame needs py-spy: pip install py-spy")
-    command = [sys.executable, __file__, "--call-for-ever"]
+    command = [sys.executable, __file__, "--call-for-ever", *(["--format", format] if format else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sampled:
         try:
             if sampled.stdout.readline() != "ready\n":
@@ -126,12 +132,14 @@ def write_flame_graph(path: Path) -> None:
         finally:
             sampled.kill()
     # py-spy writes its own command line there.
-    title = "One fused_experts call without its kernels: widths are shares of its time"
+    weights = f", {format} weights" if format else ""
+    title = f"One fused_experts call without its kernels{weights}: widths are shares of its time"
     path.write_text(re.sub(r'(<text id="title"[^>]*>)[^<]*', rf"\1{title}", path.read_text(), count=1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=FORMATS, help="of the weights (default: dense tensors)")
     parser.add_argument("--rounds", type=int, default=2000, help="short rounds per figure (default: %(default)s)")
     parser.add_argument("--limit", type=float, metavar="MICROSECONDS", help="most that a call may take beside kernels")
     parser.add_argument("--flame", type=Path, metavar="FILE", help="write a flame graph of the call (SVG)")
@@ -142,12 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.platform == "darwin":
         parser.error("there is no device that runs nothing on macOS")
     if options.call_for_ever:
-        call_for_ever()
-    times = measure(options.rounds)
+        call_for_ever(options.format)
+    times = measure(options.rounds, options.format)
     print(report(times))
     if options.flame:
         try:
-            write_flame_graph(options.flame)
+            write_flame_graph(options.flame, options.format)
         except RuntimeError as error:
             print(f"call_overhead: {error}", file=sys.stderr)
             return 2

@@ -13,6 +13,7 @@ import on_device
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from metal_moe import experts
 
 # What somebody measured on this machine is not what is tested.
 os.environ["METAL_MOE_TUNING"] = ""
@@ -97,6 +98,20 @@ def exact_engine(use_engine: Callable[[str], None]):
     use_engine("exact")
     yield metal_moe.set_exact_seed
     metal_moe.set_exact_seed(0)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The list of operations that were checked since: calls like an earlier one are not."""
+    seen = []
+
+    def check_experts(op: str, *args: object) -> int:
+        seen.append(op)
+        return check(op, *args)
+
+    check = experts.check_experts
+    monkeypatch.setattr(experts, "check_experts", check_experts)
+    return seen
 
 
 @pytest.fixture

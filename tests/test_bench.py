@@ -416,6 +416,13 @@ def test_call_overhead_measures_what_it_says(quick_calls):
     assert error < 1e-5
 
 
+def test_call_overhead_of_quantised_weights(quick_calls, capsys):
+    before = metal_moe.counters()["dispatches"]
+    assert call_overhead.main([*quick_calls, "--format", "affine4"]) == 0
+    assert metal_moe.counters()["dispatches"] - before >= 4 * 3 * 50 * 2
+    assert "torch.ops" not in capsys.readouterr().out, "their operator takes their buffers"
+
+
 def test_call_overhead_limit(quick_calls, capsys):
     assert call_overhead.main([*quick_calls, "--limit", "0"]) == 1
     assert "the limit is 0" in capsys.readouterr().err

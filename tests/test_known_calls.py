@@ -7,7 +7,7 @@ import metal_moe
 import pytest
 import torch
 from cases import assert_close
-from metal_moe import _core, experts
+from metal_moe import _core
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,20 +22,6 @@ pytestmark = pytest.mark.skipif(
 
 def make_layer(*sizes, **options):
     return cases.make_layer(*sizes, **options).to(cases.DEVICE)
-
-
-@pytest.fixture
-def checks(monkeypatch):
-    """The list of operations that were checked since."""
-    seen = []
-
-    def check_experts(op, *args):
-        seen.append(op)
-        return check(op, *args)
-
-    check = experts.check_experts
-    monkeypatch.setattr(experts, "check_experts", check_experts)
-    return seen
 
 
 def calls(layer, **overrides):

@@ -134,22 +134,17 @@ size_t packing_count() { return packings().size(); }
 
 namespace {
 
-void encode(CommandStream& stream, const ExpertsCall& call, const ExpertsPacking* packing, const TensorView& out) {
+void encode(CommandStream& stream, const ExpertsCall& call, const ExpertsPacking& packing, const TensorView& out) {
   MoeEngine& engine = *call.engine;
   if (call.routed)
     return encode_fused_moe(stream, engine, call.x, call.layer, call.logits, call.correction_bias, call.top_k,
-                            call.routing, out, packing);
-  const SlotsView ids = ids_view(call.ids), weights = weights_view(call.weights);
-  if (packing)
-    encode_experts(stream, engine, *packing, call.x, call.layer, ids, weights, out);
-  else
-    encode_experts(stream, engine, call.x, call.layer, ids, weights,
-                   size_argument("top_k of topk_ids", call.ids.shape[1]), out);
+                            call.routing, out, &packing);
+  encode_experts(stream, engine, packing, call.x, call.layer, ids_view(call.ids), weights_view(call.weights), out);
 }
 
 } // namespace
 
-void run_experts(const ExpertsCall& call, const ExpertsPacking* packing, std::span<PyObject* const> arguments,
+void run_experts(const ExpertsCall& call, const ExpertsPacking& packing, std::span<PyObject* const> arguments,
                  pybind11::handle out) {
   const TensorView out_view = read_tensor(call.engine->context(), out, "out", 2);
   run(

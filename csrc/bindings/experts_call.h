@@ -36,15 +36,15 @@ std::shared_ptr<const ExpertsPacking> packing_of(const ExpertsCall& call);
 constexpr size_t MAX_PACKINGS = 512;
 
 /// The packing that an earlier call like this one made, or null. `call` need not have been checked, nor do its tensors
-/// need buffers. Weights must be dense.
+/// need buffers. Shapes of quantised weights are not part of a packing: the caller compares them.
 std::shared_ptr<const ExpertsPacking> find_packing(const ExpertsCall& call);
 
 /// Packings kept now.
 size_t packing_count();
 
-/// Runs the call into the tensor `out` [T, H], which is contiguous. `packing`: the call's, or null. `arguments`: what
-/// must live while it runs, its tensors and whatever else.
-void run_experts(const ExpertsCall& call, const ExpertsPacking* packing, std::span<PyObject* const> arguments,
+/// Runs the call into the tensor `out` [T, H], which is contiguous. `packing`: the call's. `arguments`: what must live
+/// while it runs, its tensors and whatever else.
+void run_experts(const ExpertsCall& call, const ExpertsPacking& packing, std::span<PyObject* const> arguments,
                  pybind11::handle out);
 
 } // namespace metal_moe::bindings

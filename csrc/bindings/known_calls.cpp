@@ -3,6 +3,7 @@
 #include "cpu_engine.h"
 #include "dlpack.h"
 #include "experts_call.h"
+#include "kernel_form.h"
 #include "run.h"
 
 #include <algorithm>
@@ -134,12 +135,12 @@ public:
   bool failed() const { return failed_; }
   TensorDevice device() const { return device_; }
 
-  void tensor(size_t place, uint32_t rank, TensorView& view) {
+  void tensor(size_t place, uint32_t rank, TensorView& view) { tensor(values_[place], rank, view); }
+  void tensor(PyObject* tensor, uint32_t rank, TensorView& view) {
     static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
     static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
     if (failed_)
       return;
-    PyObject* tensor = values_[place];
     TensorDevice device;
     if (!describe_tensor(tensor, view, device) || view.rank != rank || (has_device_ && device != device_)) {
       failed_ = true;
@@ -155,6 +156,22 @@ public:
     if (values_[place] != Py_None)
       tensor(place, rank, view);
   }
+  /// Weights [E, rows, columns], dense or of `quantized`'s type; a call without `second` has one part, not gate and up.
+  void weights(size_t place, PyObject* quantized, bool interleaved, TensorView& dense, QuantizedPart& first,
+               QuantizedPart* second, KernelForm& form) {
+    PyObject* weights = values_[place];
+    if (reinterpret_cast<PyObject*>(Py_TYPE(weights)) != quantized)
+      return tensor(weights, 3, dense);
+    failed_ = failed_ || !read_kernel_form(weights, interleaved, device_, first, second, form);
+  }
+  /// The bias of `form`'s own, or the argument; Python refuses both at once.
+  void bias(size_t place, const KernelForm& form, TensorView& view) {
+    if (!form || form.bias.is_none())
+      return optional_tensor(place, 2, view);
+    failed_ |= values_[place] != Py_None;
+    tensor(form.bias.ptr(), 2, view);
+  }
+  void fail() { failed_ = true; }
   bool boolean(size_t place) {
     failed_ |= !PyBool_Check(values_[place]);
     return values_[place] == Py_True;
@@ -223,6 +240,63 @@ private:
   TensorDevice device_{};
 };
 
+/// Quantised ones of a call's weights.
+struct KernelForms {
+  KernelForm w1, w2, shared_w1, shared_w2;
+
+  bool any() const { return w1 || w2 || shared_w1 || shared_w2; }
+  /// What is to live while the call runs.
+  std::array<PyObject*, 6> objects() const {
+    return {w1.held.ptr(), w1.bias.ptr(), w2.held.ptr(), w2.bias.ptr(), shared_w1.held.ptr(), shared_w2.held.ptr()};
+  }
+};
+
+/// Sizes of weights, dense or of `form`.
+std::array<int64_t, 3> sizes(const TensorView& dense, const KernelForm& form) {
+  return form ? form.shape : std::array<int64_t, 3>{dense.shape[0], dense.shape[1], dense.shape[2]};
+}
+
+/// Of gate, up or down of routed and shared experts, which one dispatch reads.
+uint32_t common_code(const QuantizedPart& part, const QuantizedPart& shared) {
+  return part.code == shared.code ? part.code : 0;
+}
+
+/// Adds to a layer whose weights and biases are set what follows from their forms. False where Python must look: what
+/// it checks of quantised weights at every call, and what it computes at every call.
+bool complete(const KernelForms& forms, const TensorView& x, ExpertsLayer& layer) {
+  const bool shared = layer.shared_w1.item_size || forms.shared_w1;
+  layer.trellis_gate_up = forms.w1.trellis;
+  layer.trellis_down = forms.w2.trellis;
+  if ((forms.w1.trellis || forms.w2.trellis) && (shared || layer.shared_weights.item_size))
+    return false; // Python runs them apart
+  if (shared && (bool(forms.w1) != bool(forms.shared_w1) || bool(forms.w2) != bool(forms.shared_w2)))
+    return false; // dense beside quantised experts: Python wraps them
+  for (const KernelForm* form : {&forms.shared_w1, &forms.shared_w2})
+    if (*form && (form->trellis || !form->bias.is_none()))
+      return false;
+  for (const TensorView* bias : {&layer.bias1, &layer.bias2})
+    if (bias->item_size && bias->dtype != x.dtype)
+      return false;
+  const auto fit = [&](const std::array<int64_t, 3>& w1, const std::array<int64_t, 3>& w2) {
+    const int64_t rows = layer.activation == ACTIVATION_RELU2 ? w2[2] : 2 * w2[2];
+    return w1[0] == w2[0] && w1[1] == rows && w1[2] == x.shape[1] && w2[1] == x.shape[1];
+  };
+  const auto w2 = sizes(layer.w2, forms.w2);
+  if (!fit(sizes(layer.w1, forms.w1), w2))
+    return false;
+  layer.intermediate = static_cast<uint32_t>(w2[2]);
+  if (shared) {
+    const auto shared_w2 = sizes(layer.shared_w2, forms.shared_w2);
+    if (!fit(sizes(layer.shared_w1, forms.shared_w1), shared_w2))
+      return false;
+    layer.shared_intermediate = static_cast<uint32_t>(shared_w2[2]);
+    layer.gate.code = common_code(layer.gate, layer.shared_gate);
+    layer.up.code = common_code(layer.up, layer.shared_up);
+    layer.down.code = common_code(layer.down, layer.shared_down);
+  }
+  return true;
+}
+
 /// The engine that has computed tensors of that device, null where Python must choose one.
 MoeEngine* engine_of(TensorDevice device) {
   if (device.type == dlpack::CPU) {
@@ -242,8 +316,8 @@ MoeEngine* engine_of(TensorDevice device) {
 
 class KnownCall {
 public:
-  KnownCall(const std::string& operation, Parameters parameters)
-      : parameters_(std::move(parameters)), routed_(operation == "fused_moe") {
+  KnownCall(const std::string& operation, Parameters parameters, const py::object& quantized)
+      : parameters_(std::move(parameters)), routed_(operation == "fused_moe"), quantized_(keep(quantized)) {
     if (!routed_ && operation != "fused_experts")
       throw py::value_error("operation is '" + operation + "': must be 'fused_experts' or 'fused_moe'");
     const auto place = [&](const char* name) { return parameters_.place(name); };
@@ -276,8 +350,9 @@ public:
     if (!modes_.none_active() || !parameters_.bind(arguments, count, keywords, values))
       return py::none();
     ExpertsCall call;
+    KernelForms forms;
     Reader reader(parameters_, values, modes_.gradients());
-    read(reader, call);
+    read(reader, call, forms);
     if (reader.failed() || !(call.engine = engine_of(reader.device())))
       return py::none();
     const std::shared_ptr<const ExpertsPacking> packing = find_packing(call);
@@ -289,13 +364,24 @@ public:
       if (view.item_size)
         locate_tensor(context, values[place], name, view);
     };
+    const auto locate_weights = [&](size_t place, const char* name, const KernelForm& form, TensorView& dense) {
+      form ? form.locate(context, name) : locate(place, name, dense);
+    };
+    const auto locate_bias = [&](size_t place, const char* name, const KernelForm& form, TensorView& view) {
+      if (form && !form.bias.is_none())
+        locate_tensor(context, form.bias.ptr(), name, view);
+      else
+        locate(place, name, view);
+    };
     locate(at_.x, "hidden_states", call.x);
-    locate(at_.w1, "w1", call.layer.w1);
-    locate(at_.w2, "w2", call.layer.w2);
-    locate(at_.bias1, "w1_bias", call.layer.bias1);
-    locate(at_.bias2, "w2_bias", call.layer.bias2);
-    locate(at_.shared_w1, "shared_w1", call.layer.shared_w1);
-    locate(at_.shared_w2, "shared_w2", call.layer.shared_w2);
+    if (forms.any() && !rows_aligned(call.x))
+      return py::none(); // Python copies them
+    locate_weights(at_.w1, "w1", forms.w1, call.layer.w1);
+    locate_weights(at_.w2, "w2", forms.w2, call.layer.w2);
+    locate_bias(at_.bias1, "w1_bias", forms.w1, call.layer.bias1);
+    locate_bias(at_.bias2, "w2_bias", forms.w2, call.layer.bias2);
+    locate_weights(at_.shared_w1, "shared_w1", forms.shared_w1, call.layer.shared_w1);
+    locate_weights(at_.shared_w2, "shared_w2", forms.shared_w2, call.layer.shared_w2);
     locate(at_.shared_weights, "shared_weights", call.layer.shared_weights);
     if (routed_) {
       locate(routing_at_.logits, "router_logits", call.logits);
@@ -305,27 +391,41 @@ public:
       locate(given_at_.ids, "topk_ids", call.ids);
     }
     py::object out = empty_like(values[at_.x]);
-    run_experts(call, packing.get(), parameters_.given(values), out);
+    // Beside the arguments: quantised weights may be given other parts while the call runs.
+    std::array<PyObject*, MAX_PARAMETERS + 6> kept;
+    const auto given = parameters_.given(values);
+    const auto objects = forms.objects();
+    const auto end = std::copy(objects.begin(), objects.end(), std::copy(given.begin(), given.end(), kept.begin()));
+    run_experts(call, *packing, {kept.begin(), end}, out);
     return out;
   }
 
 private:
-  void read(Reader& reader, ExpertsCall& call) const {
+  void read(Reader& reader, ExpertsCall& call, KernelForms& forms) const {
     ExpertsLayer& layer = call.layer;
-    reader.tensor(at_.x, 2, call.x);
-    reader.tensor(at_.w1, 3, layer.w1);
-    reader.tensor(at_.w2, 3, layer.w2);
-    reader.optional_tensor(at_.bias1, 2, layer.bias1);
-    reader.optional_tensor(at_.bias2, 2, layer.bias2);
-    reader.optional_tensor(at_.shared_w1, 3, layer.shared_w1);
-    reader.optional_tensor(at_.shared_w2, 3, layer.shared_w2);
-    reader.optional_tensor(at_.shared_weights, 2, layer.shared_weights);
     layer.activation = reader.choice<Activation>(at_.activation);
     layer.interleaved = reader.boolean(at_.interleaved);
+    reader.tensor(at_.x, 2, call.x);
+    const auto weights = [&](size_t place, TensorView& dense, QuantizedPart& first, QuantizedPart* second,
+                             KernelForm& form) {
+      reader.weights(place, quantized_, layer.interleaved, dense, first, second, form);
+    };
+    const bool gated = layer.activation != ACTIVATION_RELU2;
+    weights(at_.w1, layer.w1, layer.gate, gated ? &layer.up : nullptr, forms.w1);
+    weights(at_.w2, layer.w2, layer.down, nullptr, forms.w2);
+    reader.bias(at_.bias1, forms.w1, layer.bias1);
+    reader.bias(at_.bias2, forms.w2, layer.bias2);
+    if (!reader.is_none(at_.shared_w1))
+      weights(at_.shared_w1, layer.shared_w1, layer.shared_gate, gated ? &layer.shared_up : nullptr, forms.shared_w1);
+    if (!reader.is_none(at_.shared_w2))
+      weights(at_.shared_w2, layer.shared_w2, layer.shared_down, nullptr, forms.shared_w2);
+    reader.optional_tensor(at_.shared_weights, 2, layer.shared_weights);
     layer.alpha = reader.number(at_.alpha);
     layer.limit = reader.positive_number(at_.limit);
     layer.fp32_accumulation = reader.boolean(at_.fp32_accumulation);
     layer.family = reader.text(at_.kernel);
+    if (forms.any() && !reader.failed() && !complete(forms, call.x, layer))
+      reader.fail();
     call.routed = routed_;
     if (!routed_) {
       reader.tensor(given_at_.weights, 2, call.weights);
@@ -347,6 +447,11 @@ private:
     routing.scale = reader.number(routing_at_.scale);
   }
 
+  static bool rows_aligned(const TensorView& x) {
+    const auto row_bytes = static_cast<uint64_t>(x.strides[0]) * x.item_size;
+    return x.address % VECTOR_BYTES == 0 && (x.shape[0] <= 1 || row_bytes % VECTOR_BYTES == 0);
+  }
+
   py::object empty_like(PyObject* tensor) const {
     PyObject* const arguments[] = {tensor, contiguous_};
     PyObject* made = PyObject_Vectorcall(empty_like_, arguments, 1, memory_format_);
@@ -357,6 +462,7 @@ private:
 
   const Parameters parameters_;
   const bool routed_;
+  PyObject* const quantized_; // the type
   const Modes modes_;
   struct {
     size_t x, w1, w2, bias1, bias2, shared_w1, shared_w2, shared_weights;
@@ -388,11 +494,11 @@ PyObject* call_known(PyObject* self, PyObject* const* arguments, Py_ssize_t coun
 
 /// Not pybind11's own: its way to a function with keywords takes as long as all of the rest.
 py::object known_call(const std::string& operation, const py::tuple& names, const py::tuple& defaults,
-                      size_t positional, const py::dict& choices) {
+                      size_t positional, const py::dict& choices, const py::object& quantized) {
   static PyMethodDef definition = {"known_call",
                                    reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_known)),
                                    METH_FASTCALL | METH_KEYWORDS, nullptr};
-  auto* known = new KnownCall(operation, Parameters(names, defaults, positional, choices)); // kept for ever
+  auto* known = new KnownCall(operation, Parameters(names, defaults, positional, choices), quantized); // kept for ever
   const py::capsule self(known, CAPSULE);
   PyObject* function = PyCFunction_New(&definition, self.ptr());
   if (!function)
@@ -404,7 +510,7 @@ py::object known_call(const std::string& operation, const py::tuple& names, cons
 
 void define_known_calls(py::module_& m) {
   using namespace py::literals;
-  m.def("known_call", &known_call, "operation"_a, "names"_a, "defaults"_a, "positional"_a, "choices"_a,
+  m.def("known_call", &known_call, "operation"_a, "names"_a, "defaults"_a, "positional"_a, "choices"_a, "quantized"_a,
         "A function that runs calls like earlier ones, and returns None for others.");
   m.def("known_call_count", &packing_count, "How many kinds of calls are known.");
   m.def("cpu_engine", &cpu_engine, "The engine of CPU tensors; None where METAL_MOE_CPU_ENGINE names none.");

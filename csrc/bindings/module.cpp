@@ -172,7 +172,7 @@ void fused_experts(std::string_view engine_name, py::handle x, py::handle w1, py
   call.ids = read_tensor(context, topk_ids, "topk_ids", 2);
   const std::array tensors = {x.ptr(),  w1.ptr(), w2.ptr(),        topk_weights.ptr(), topk_ids.ptr(),
                               b1.ptr(), b2.ptr(), shared_w1.ptr(), shared_w2.ptr(),    shared_weights.ptr()};
-  run_experts(call, packing_of(call).get(), tensors, out);
+  run_experts(call, *packing_of(call), tensors, out);
 }
 
 void fused_moe(std::string_view engine_name, py::handle x, py::handle w1, py::handle w2, py::handle logits,
@@ -196,7 +196,7 @@ void fused_moe(std::string_view engine_name, py::handle x, py::handle w1, py::ha
   call.routing = routing_options(scoring, groups, topk_groups, group_score, renormalize, renormalize_epsilon, scale);
   const std::array tensors = {x.ptr(),  w1.ptr(), w2.ptr(),        logits.ptr(),    bias.ptr(),
                               b1.ptr(), b2.ptr(), shared_w1.ptr(), shared_w2.ptr(), shared_weights.ptr()};
-  run_experts(call, packing_of(call).get(), tensors, out);
+  run_experts(call, *packing_of(call), tensors, out);
 }
 
 void gather_experts(std::string_view engine_name, py::handle weights, py::handle ids, py::handle out) {

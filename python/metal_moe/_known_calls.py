@@ -1,9 +1,10 @@
 """Calls like an earlier one take a short way.
 
 A call's checks, plan and kernel arguments depend on the types, shapes, strides, dtypes and device of its tensors and on
-its other arguments, and on nothing that lies in memory. So where all of these are those of an earlier call, which was
-checked, the extension runs the call at once (csrc/bindings/known_calls.cpp). It declines, having done nothing, whatever
-it has not seen and whatever `_operator` would not run directly; such a call then takes the ordinary way.
+its other arguments, and on nothing that lies in memory; quantised weights are as many tensors, those that an earlier
+call has made of them (`KernelForm`). So where all of these are those of an earlier call, which was checked, the
+extension runs the call at once (csrc/bindings/known_calls.cpp). It declines, having done nothing, whatever it has not
+seen and whatever `_operator` would not run directly; such a call then takes the ordinary way.
 """
 
 import functools
@@ -15,6 +16,7 @@ from torch.compiler import is_compiling
 
 from . import _core
 from ._validate import ACTIVATIONS, GROUP_SCORES, SCORINGS
+from .formats import QuantizedExperts
 
 # Parameters whose text stands for a number in the kernels.
 _CHOICES = {"activation": ACTIVATIONS, "scoring": SCORINGS, "group_score": GROUP_SCORES}
@@ -32,6 +34,7 @@ def remembers_calls(function: Callable[P, R]) -> Callable[P, R]:
         tuple(p.default for p in parameters if p.default is not p.empty),
         sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters),
         _CHOICES,
+        QuantizedExperts,
     )
 
     @functools.wraps(function)

@@ -16,6 +16,7 @@ from .formats import QuantizedExperts
 from .formats.dense import dense_buffers
 from .formats.layout import ALIGNMENT, Format
 from .formats.part import Part
+from .formats.quantized_experts import KernelForm
 
 # Formats that the kernels decode (kernels/formats/decoders.h), in any mix with each other and with dense weights.
 KERNEL_FORMATS = tuple(sorted(name for name, known in Format.registry.items() if known.IN_KERNELS))
@@ -142,17 +143,21 @@ def _flat(
     if not pair and len(weights.parts) == 2:
         wrong_value(op, name, "a pair of gate and up", "one matrix per expert")
     # Taking gate and up apart checks every record again: once per layer is enough.
-    cached = weights.kernel_buffers.get((pair, interleaved))
-    if cached is None:
+    form = weights.kernel_forms.get((pair, interleaved))
+    parts = tuple(weights.parts.values())
+    if form is None or len(form.parts) != len(parts) or any(a is not b for a, b in zip(form.parts, parts, strict=True)):
+        now = QuantizedExperts(weights.parts, weights.bias).shape
+        if now != weights.shape:
+            wrong_value(op, name, f"of parts that were replaced by those of {tuple(now)}", tuple(weights.shape))
         if pair and weights.shape[1] % 2:
             wrong_value(op, name, f"of shape {tuple(weights.shape)}", "of an even number of rows, gate and up")
         of_weights = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
         for part in of_weights:
             _check_formats(op, name, part, trellis)
-        cached = [tensor for part in of_weights for tensor in (part.codes, part.scales, part.biases, part.table)]
-        weights.kernel_buffers[pair, interleaved] = cached
-        weights.kernel_codes[pair, interleaved] = [_matrix_code(part) for part in of_weights]
-    return cached, list(weights.shape)
+        buffers = [tensor for part in of_weights for tensor in (part.codes, part.scales, part.biases, part.table)]
+        form = KernelForm(parts, buffers, [_matrix_code(part) for part in of_weights], trellis)
+        weights.kernel_forms[pair, interleaved] = form
+    return form.buffers, list(weights.shape)
 
 
 def _codes(
@@ -162,7 +167,7 @@ def _codes(
 
     def of(given: QuantizedExperts | Tensor) -> list[int]:
         known = isinstance(given, QuantizedExperts)
-        return given.kernel_codes[pair, interleaved] if known else [0, 0] if pair else [0]
+        return given.kernel_forms[pair, interleaved].codes if known else [0, 0] if pair else [0]
 
     own = of(weights)
     return own if shared is None else [a if a == b else 0 for a, b in zip(own, of(shared), strict=True)]

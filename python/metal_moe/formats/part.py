@@ -26,7 +26,10 @@ from .layout import (
 
 
 class Part:
-    """One projection of all experts: three flat uint8 buffers and a table. See the module's text."""
+    """One projection of all experts: three flat uint8 buffers and a table. See the module's text.
+
+    Its attributes do not change: what was made of a part for kernels stays true.
+    """
 
     def __init__(self, codes: Tensor, scales: Tensor, biases: Tensor, table: Tensor, what: str = "part") -> None:
         self.codes, self.scales, self.biases = codes, scales, biases
@@ -45,6 +48,11 @@ class Part:
         self.settings: list[Settings] = []
         _check_records(self, what)
         self.rows, self.columns = int(self.records[0]["rows"]), int(self.records[0]["columns"])
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in self.__dict__:
+            raise AttributeError(f"Part.{name} does not change; make another part")
+        super().__setattr__(name, value)
 
     @property
     def num_experts(self) -> int:

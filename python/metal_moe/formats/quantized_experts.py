@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,18 @@ BUFFERS = ("codes", "scales", "biases", "table")
 
 # Weights that are quantised at a time: 64 MiB of float32, times the few temporaries of an encoder.
 BATCH_ELEMENTS = 1 << 24
+
+
+class KernelForm(NamedTuple):
+    """Weights as fused_experts hands them to kernels. csrc/bindings/kernel_form.cpp reads it, too."""
+
+    parts: tuple[Part, ...]
+    """Those of the weights, which it was made from."""
+    buffers: list[Tensor]
+    """Codes, scales, biases and table: of the one part, or of gate and then of up."""
+    codes: list[int]
+    """How all matrices of the one part, or of gate and of up, are stored; 0: not all alike."""
+    trellis: bool
 
 
 class QuantizedExperts:
@@ -40,9 +53,8 @@ class QuantizedExperts:
             raise ValueError(f"QuantizedExperts: parts are {names}; they must be ('weight',) or {GATE_UP}")
         self.parts = dict(parts)
         self.bias = bias
-        # What fused_experts makes of the parts, kept for the next call.
-        self.kernel_buffers: dict[tuple[bool, bool], list[Tensor]] = {}
-        self.kernel_codes: dict[tuple[bool, bool], list[int]] = {}
+        # What fused_experts makes of the parts, kept for the next call: by (as gate and up, interleaved).
+        self.kernel_forms: dict[tuple[bool, bool], KernelForm] = {}
         first = self.parts[names[0]]
         for name, part in self.parts.items():
             if (part.num_experts, part.rows, part.columns) != (first.num_experts, first.rows, first.columns):
