@@ -32,11 +32,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UNLIMITED = 2**32 - 1
 THRESHOLDS = ("decode_tokens", "prefill4_tokens", "base_tokens")
 
-# Up to how many multiply-adds our kernel runs where nothing was measured. 64 x 256 by 256 x 256: microseconds on a GPU,
-# where launching takes as long. Nobody has measured it on an Apple GPU yet.
+# Up to how many multiply-adds our kernel runs where `metal-moe tune` has measured nothing: 64 x 256 by 256 x 256. A
+# guess at where a GPU begins to take longer to compute than to launch, measured on none.
 DEFAULT_LIMIT = 64 * 256 * 256
-# bench/linear.py on the CPU: in fp32 PyTorch's library is faster at every size, several times where calls follow each
-# other; in 16 bits ours is from 64 x 64 on, where the processor has no matrix units.
+# bench/linear.py on x86-64-v3 (AVX2), the only processors that it has run on: in fp32 PyTorch's library is faster at
+# every size. In 16 bits, which it has no instructions for there, ours is as fast at 64 x 64 and faster at all larger
+# sizes, far beyond DEFAULT_LIMIT too; where there are such instructions (AVX-512, AMX), nobody has measured.
 DEFAULT_LIMITS = {("native", torch.float32): 0}
 
 
