@@ -45,7 +45,8 @@ test: $(if $(MACOS),,test-cpp) test-python
 test-cpp: $(INSTALLED)
 	@. $(SYSTEM); [ $$TESTS = ON ] || { echo "make test: the C++ tests need GoogleTest (Debian and Ubuntu: libgtest-dev);" \
 	  "install it and remove $(SYSTEM), or run make test-python"; exit 1; }
-	cmake --build $(BUILD) --target cpp_tests
+	@. $(SYSTEM); targets=cpp_tests; [ $$BENCH = OFF ] || targets+=' benchmarks'; \
+	  set -x; cmake --build $(BUILD) --target $$targets
 	ctest --test-dir $(BUILD) -LE bench --output-on-failure
 
 test-python: $(INSTALLED)

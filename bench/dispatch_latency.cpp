@@ -92,7 +92,8 @@ private:
 void layer(benchmark::State& state) {
   Layer layer(state.range(0));
   layer.run();
-  const Family family = select_family(engine().tuning(), static_cast<uint32_t>(layer.tokens));
+  const auto tokens = static_cast<uint32_t>(layer.tokens);
+  const Family family = select_family(engine().tuning(), tokens, tokens * bench::Layer::TOP_K);
   const char* expected = family_name(family, layer.experts.fp32_accumulation);
   if (std::strcmp(last_dispatch().family, expected) != 0)
     return state.SkipWithError(last_dispatch().family);
