@@ -1,10 +1,11 @@
 // Trellis weights for an engine whose simdgroup is one thread, in the processor's vectors. Called by the kernels'
 // formats/trellis.h where vectors of 16-bit elements can be shuffled; elsewhere that header's own loops serve.
 //
-// A vector holds the states of two or four runs, one for each 128 bits of it: state i of a run is 16-bit element i. The
-// bytes of a run's states lie within 16, so that a shuffle with constant places puts the four bytes around two
-// neighbouring states into each 32 bits, and two shifts cut both states out. All arithmetic up to the fp16 halves of a
-// value is on 16-bit elements: no state is masked, and a product takes three multiplications for 16 or 32 weights.
+// A vector holds the states of two or four runs as 16-bit elements. The bytes of those in 128 bits of it lie within 16,
+// so that a shuffle with constant places puts the four bytes around two neighbouring states into each 32 bits, and two
+// shifts cut both states out. Arithmetic is on 16-bit elements as far as it goes: no state is masked, and a product
+// takes three multiplications for 16 or 32 weights. Two unpacks make fp32 of them, so that lanes of 128 bits hold the
+// halves of two runs: the unpacked vectors are whole runs.
 #pragma once
 #include "native_vector.h"
 
@@ -26,18 +27,14 @@ METAL_FUNC TrellisVector trellis_join(const __m128i (&lane)[4]) {
 }
 METAL_FUNC TrellisVector trellis_repeat(__m128i lane) { return _mm512_broadcast_i32x4(lane); }
 METAL_FUNC TrellisVector trellis_and(TrellisVector a, TrellisVector b) { return _mm512_and_si512(a, b); }
-METAL_FUNC TrellisVector trellis_or(TrellisVector a, TrellisVector b) { return _mm512_or_si512(a, b); }
 METAL_FUNC TrellisVector trellis_xor(TrellisVector a, TrellisVector b) { return _mm512_xor_si512(a, b); }
 /// Even elements of a, odd ones of b.
 METAL_FUNC TrellisVector trellis_mix(TrellisVector a, TrellisVector b) {
   return _mm512_mask_blend_epi16(0xAAAAAAAAu, a, b);
 }
-/// -1 where a >= b, unsigned, else 0.
-METAL_FUNC TrellisVector trellis_not_below(TrellisVector a, TrellisVector b) {
-  return _mm512_movm_epi16(_mm512_cmpge_epu16_mask(a, b));
-}
-METAL_FUNC TrellisFloats trellis_floats(TrellisVector halves, uint part) {
-  return _mm512_cvtph_ps(part == 0 ? _mm512_castsi512_si256(halves) : _mm512_extracti64x4_epi64(halves, 1));
+/// -1 where a > b, signed, else 0.
+METAL_FUNC TrellisVector trellis_above(TrellisVector a, TrellisVector b) {
+  return _mm512_movm_epi16(_mm512_cmpgt_epi16_mask(a, b));
 }
 #else
 constexpr uint TRELLIS_LANES = 2;
@@ -50,16 +47,16 @@ METAL_FUNC TrellisVector trellis_join(const __m128i (&lane)[2]) {
 }
 METAL_FUNC TrellisVector trellis_repeat(__m128i lane) { return _mm256_broadcastsi128_si256(lane); }
 METAL_FUNC TrellisVector trellis_and(TrellisVector a, TrellisVector b) { return _mm256_and_si256(a, b); }
-METAL_FUNC TrellisVector trellis_or(TrellisVector a, TrellisVector b) { return _mm256_or_si256(a, b); }
 METAL_FUNC TrellisVector trellis_xor(TrellisVector a, TrellisVector b) { return _mm256_xor_si256(a, b); }
 METAL_FUNC TrellisVector trellis_mix(TrellisVector a, TrellisVector b) { return _mm256_blend_epi16(a, b, 0xAA); }
-METAL_FUNC TrellisVector trellis_not_below(TrellisVector a, TrellisVector b) {
-  return _mm256_cmpeq_epi16(_mm256_max_epu16(a, b), a);
-}
-METAL_FUNC TrellisFloats trellis_floats(TrellisVector halves, uint part) {
-  return _mm256_cvtph_ps(part == 0 ? _mm256_castsi256_si128(halves) : _mm256_extracti128_si256(halves, 1));
-}
+METAL_FUNC TrellisVector trellis_above(TrellisVector a, TrellisVector b) { return _mm256_cmpgt_epi16(a, b); }
 #endif
+
+/// 32-bit elements of a part of the vectors' 16-bit ones: the first four, or the last four, of each 128 bits.
+METAL_FUNC TrellisFloats trellis_unpack(TrellisVector low, TrellisVector high, uint part) {
+  return __builtin_bit_cast(TrellisFloats, part == 0 ? METAL_SIM_TRELLIS(unpacklo_epi16)(low, high)
+                                                     : METAL_SIM_TRELLIS(unpackhi_epi16)(low, high));
+}
 
 /// The first bit of a state, counted from the ring's beginning: before it where negative.
 constexpr int trellis_state_bit(uint half_bits, uint weight) { return int((weight + 1) * half_bits / 2) - 16; }
@@ -70,14 +67,14 @@ constexpr int trellis_byte(int bit) { return (bit + 32) / 8 - 4; }
 /// Where a byte in the ring's order lies in memory: words are little-endian, their most significant bit comes first.
 constexpr int trellis_place(int byte) { return (byte + 4) / 4 * 4 - 4 + (3 - (byte + 4) % 4); }
 
-/// The words that hold the states of consecutive runs, as places in memory from a tile's first byte on. Those that
+/// The words that hold the states of consecutive weights, as places in memory from a tile's first byte on. Those that
 /// begin before the ring's beginning are read from a copy whose first word is the tile's last.
 struct TrellisWindow {
   int first, end;
 
-  constexpr TrellisWindow(uint half_bits, uint run, uint runs)
-      : first((trellis_byte(trellis_state_bit(half_bits, 8 * run)) + 4) / 4 * 4 - 4),
-        end((trellis_byte(trellis_state_bit(half_bits, 8 * (run + runs) - 1) + 15) + 4) / 4 * 4) {}
+  constexpr TrellisWindow(uint half_bits, uint first_weight, uint last_weight)
+      : first((trellis_byte(trellis_state_bit(half_bits, first_weight)) + 4) / 4 * 4 - 4),
+        end((trellis_byte(trellis_state_bit(half_bits, last_weight) + 15) + 4) / 4 * 4) {}
   constexpr bool wraps() const { return first < 0; }
   constexpr bool fits() const { return end - first <= 16; }
   /// Where to read 16 bytes that hold it, none of them beyond the tile.
@@ -86,23 +83,52 @@ struct TrellisWindow {
   }
 };
 
-/// For the runs of a vector, RUN the first of them: which bytes go where, and by how much to shift.
+/// Of the states of a vector, whose first run is RUN: which weights' they are, which bytes go where, and by how much to
+/// shift.
 template <uint HALF_BITS, uint RUN>
 struct TrellisPlaces {
-  static constexpr bool TOGETHER = TrellisWindow(HALF_BITS, RUN, TRELLIS_LANES).fits();
+  /// Weight of element i of a lane.
+  static constexpr uint weight(bool halves, uint lane, uint i) {
+    return halves ? 8 * (RUN + lane / 2 * 2 + i / 4) + lane % 2 * 4 + i % 4 : 8 * (RUN + lane) + i;
+  }
+  static constexpr TrellisWindow window(bool halves, uint first_lane, uint last_lane) {
+    return TrellisWindow(HALF_BITS, weight(halves, first_lane, 0), weight(halves, last_lane, 7));
+  }
+  /// Whether two lanes share two runs, each having a half of either; else each has a run. With 7 1/2 bits a lane's
+  /// bytes may lie too far apart for that.
+  static constexpr bool halves() {
+    for (uint lane = 0; lane < TRELLIS_LANES; ++lane)
+      if (!window(true, lane, lane).fits())
+        return false;
+    return true;
+  }
+  static constexpr bool HALVES = halves();
+  /// Lanes that are read together.
+  static constexpr uint group() {
+    for (uint lanes = TRELLIS_LANES; lanes > 1; lanes /= 2) {
+      bool fit = true;
+      for (uint lane = 0; lane < TRELLIS_LANES; lane += lanes)
+        fit = fit && window(HALVES, lane, lane + lanes - 1).fits();
+      if (fit)
+        return lanes;
+    }
+    return 1;
+  }
+  static constexpr uint GROUP = group();
+
+  static constexpr TrellisWindow window(uint lane) {
+    return window(HALVES, lane / GROUP * GROUP, lane / GROUP * GROUP + GROUP - 1);
+  }
+
   alignas(64) uchar byte[TRELLIS_LANES][16];
   alignas(64) uint right[TRELLIS_LANES][4]; // of the earlier state of two
   alignas(64) uint left[TRELLIS_LANES][4];  // of the later one
 
-  static constexpr TrellisWindow window(uint lane) {
-    return TOGETHER ? TrellisWindow(HALF_BITS, RUN, TRELLIS_LANES) : TrellisWindow(HALF_BITS, RUN + lane, 1);
-  }
-
   constexpr TrellisPlaces() : byte(), right(), left() {
     for (uint lane = 0; lane < TRELLIS_LANES; ++lane)
       for (uint pair = 0; pair < 4; ++pair) {
-        const uint weight = 8 * (RUN + lane) + 2 * pair;
-        const int bit = trellis_state_bit(HALF_BITS, weight), next = trellis_state_bit(HALF_BITS, weight + 1);
+        const uint earlier = weight(HALVES, lane, 2 * pair);
+        const int bit = trellis_state_bit(HALF_BITS, earlier), next = trellis_state_bit(HALF_BITS, earlier + 1);
         const int first = trellis_byte(bit);
         for (int i = 0; i < 4; ++i) {
           const int place = trellis_place(first + i) - window(lane).begin(HALF_BITS);
@@ -129,8 +155,10 @@ METAL_FUNC TrellisVector trellis_states(const uint* tile) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + window.begin(HALF_BITS)));
   };
   TrellisVector codes;
-  if constexpr (Places::TOGETHER) {
+  if constexpr (Places::GROUP == TRELLIS_LANES) {
     codes = trellis_repeat(read(Places::window(0)));
+    // Hidden from the compiler, which would make one shuffle of both and with it a slower one of a broadcasting load.
+    asm("" : "+x"(codes));
   } else {
     __m128i lane[TRELLIS_LANES];
     for (uint i = 0; i < TRELLIS_LANES; ++i)
@@ -143,16 +171,17 @@ METAL_FUNC TrellisVector trellis_states(const uint* tile) {
                      METAL_SIM_TRELLIS(sllv_epi32)(pairs, trellis_load(places.left)));
 }
 
-/// Each element, whose size as an fp16 is that of a normal number or zero, rounded to the nearest fp16: c - (c - v)
-/// with c = (2^13 + 1) v has the 11 upper bits of v (Veltkamp). Ties go to even for the values of all states, as a test
-/// over them shows.
+/// Each element, whose size as an fp16 is that of a normal number or zero, times 2^SCALE and rounded to the nearest
+/// fp16: (2^13 + 1) v is a multiple of what 11 bits of 2^13 v count, and so is the difference of both, which is v but
+/// for that one rounding. Ties go to even for the values of all states, as a test over them shows.
+template <int SCALE>
 METAL_FUNC TrellisFloats trellis_round(TrellisFloats v) {
-  const TrellisFloats c = METAL_SIM_TRELLIS(fmadd_ps)(v, METAL_SIM_TRELLIS(set1_ps)(8192.0f), v);
-  return METAL_SIM_TRELLIS(sub_ps)(c, METAL_SIM_TRELLIS(sub_ps)(c, v));
+  const auto all = [](float value) { return METAL_SIM_TRELLIS(set1_ps)(__builtin_ldexpf(value, SCALE)); };
+  return METAL_SIM_TRELLIS(fnmadd_ps)(v, all(8192.0f), METAL_SIM_TRELLIS(mul_ps)(v, all(8193.0f)));
 }
 
-/// trellis_value of states; CODEBOOK as in formats/trellis.h: 0 3inst, 1 mcg, 2 mul1. value[0]: of the first half of
-/// the elements.
+/// trellis_value of states; CODEBOOK as in formats/trellis.h: 0 3inst, 1 mcg, 2 mul1. value[0]: of the first four
+/// elements of each 128 bits.
 template <uint CODEBOOK>
 METAL_FUNC void trellis_values(TrellisVector state, TrellisFloats (&value)[2]) {
   constexpr uint FACTOR = CODEBOOK == 0 ? 89226354u : CODEBOOK == 1 ? 0xCBAC1FEDu : 0x83DCD12Du;
@@ -165,24 +194,57 @@ METAL_FUNC void trellis_values(TrellisVector state, TrellisFloats (&value)[2]) {
     const TrellisVector ones = METAL_SIM_TRELLIS(set1_epi8)(1);
     const TrellisVector bytes = METAL_SIM_TRELLIS(add_epi16)(METAL_SIM_TRELLIS(maddubs_epi16)(low, ones),
                                                              METAL_SIM_TRELLIS(maddubs_epi16)(high, ones));
-    const TrellisVector halves = trellis_or(bytes, all(0x6400)); // 1024 + bytes, as an fp16
+    // 0x4B000000 + bytes are the bits of 2^23 + bytes, of which an fma, exact but for nothing, takes 2^23 - 1024 away.
+    constexpr float FACTOR_OF_SUM = 887.0f / 131072.0f;
+    constexpr float ADDEND = -10.3828125f - (8388608.0f - 1024.0f) * FACTOR_OF_SUM;
     for (uint part = 0; part < 2; ++part)
-      value[part] = trellis_round(METAL_SIM_TRELLIS(fmadd_ps)(trellis_floats(halves, part),
-                                                              METAL_SIM_TRELLIS(set1_ps)(887.0f / 131072.0f),
-                                                              METAL_SIM_TRELLIS(set1_ps)(-10.3828125f)));
+      value[part] = trellis_round<0>(METAL_SIM_TRELLIS(fmadd_ps)(trellis_unpack(bytes, all(0x4B00), part),
+                                                                 METAL_SIM_TRELLIS(set1_ps)(FACTOR_OF_SUM),
+                                                                 METAL_SIM_TRELLIS(set1_ps)(ADDEND)));
   } else {
+    uint flip = 0;
     if constexpr (CODEBOOK == 0) {
+      // With the upper bit turned over, sums compare as signed numbers. One more is carried where the sum of the low
+      // halves is below its addend.
       constexpr uint ADDEND = 64248484u;
-      low = METAL_SIM_TRELLIS(add_epi16)(low, all(ADDEND));
-      // One more where the sum of the low halves has a carry, which is where it is below its addend.
-      high = METAL_SIM_TRELLIS(add_epi16)(METAL_SIM_TRELLIS(add_epi16)(high, all((ADDEND >> 16) + 1)),
-                                          trellis_not_below(low, all(ADDEND)));
+      flip = 0x8000;
+      low = METAL_SIM_TRELLIS(add_epi16)(low, all(ADDEND ^ flip));
+      high = METAL_SIM_TRELLIS(sub_epi16)(METAL_SIM_TRELLIS(add_epi16)(high, all(ADDEND >> 16)),
+                                          trellis_above(all(ADDEND ^ flip), low));
     }
-    low = trellis_xor(trellis_and(low, all(0x8FFF)), all(0x3B60));
-    high = trellis_xor(trellis_and(high, all(0x8FFF)), all(0x3B60));
+    // ((bits & 0x8FFF) ^ 0x3B60) of either half is an fp16, never subnormal. Its exponent and mantissa three bits lower
+    // are those of an fp32, times 2^-112 for want of a bias, in which sums are exact and normal.
+    const auto upper = [&](TrellisVector bits, uint sign) {
+      return trellis_xor(trellis_and(METAL_SIM_TRELLIS(srai_epi16)(bits, 3), all(0x81FF)), all(0x3B60 >> 3 ^ sign));
+    };
+    const TrellisVector upper_low = upper(low, flip), upper_high = upper(high, 0);
+    const TrellisVector lower_low = METAL_SIM_TRELLIS(slli_epi16)(low, 13);
+    const TrellisVector lower_high = METAL_SIM_TRELLIS(slli_epi16)(high, 13);
     for (uint part = 0; part < 2; ++part)
-      value[part] = trellis_round(METAL_SIM_TRELLIS(add_ps)(trellis_floats(low, part), trellis_floats(high, part)));
+      value[part] = trellis_round<112>(METAL_SIM_TRELLIS(add_ps)(trellis_unpack(lower_low, upper_low, part),
+                                                                 trellis_unpack(lower_high, upper_high, part)));
   }
+}
+
+/// In place of the first and the last four elements of each 128 bits: whole runs, in their order.
+template <bool HALVES>
+METAL_FUNC void trellis_order(TrellisFloats (&value)[2]) {
+#if defined(__AVX512BW__)
+  const auto take = [&](__m512i places) {
+    return _mm512_castpd_ps(_mm512_permutex2var_pd(_mm512_castps_pd(value[0]), places, _mm512_castps_pd(value[1])));
+  };
+  const TrellisFloats first =
+      take(HALVES ? _mm512_setr_epi64(0, 1, 2, 3, 8, 9, 10, 11) : _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11));
+  value[1] =
+      take(HALVES ? _mm512_setr_epi64(4, 5, 6, 7, 12, 13, 14, 15) : _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15));
+  value[0] = first;
+#else
+  if constexpr (!HALVES) {
+    const TrellisFloats first = _mm256_permute2f128_ps(value[0], value[1], 0x20);
+    value[1] = _mm256_permute2f128_ps(value[0], value[1], 0x31);
+    value[0] = first;
+  }
+#endif
 }
 
 /// The values of runs RUN, RUN + 1, ... of a tile, each two (AVX2: one) of them a vector of floats.
@@ -190,11 +252,13 @@ template <uint HALF_BITS, uint CODEBOOK, uint RUN, uint RUNS>
 METAL_FUNC void trellis_runs(const uint* tile, TrellisFloats (&value)[2 * RUNS / TRELLIS_LANES]) {
   TrellisFloats two[2];
   trellis_values<CODEBOOK>(trellis_states<HALF_BITS, RUN>(tile), two);
+  trellis_order<TrellisPlaces<HALF_BITS, RUN>::HALVES>(two);
   value[0] = two[0];
   value[1] = two[1];
   if constexpr (RUNS > TRELLIS_LANES) {
     static_assert(RUNS == 2 * TRELLIS_LANES);
     trellis_values<CODEBOOK>(trellis_states<HALF_BITS, RUN + TRELLIS_LANES>(tile), two);
+    trellis_order<TrellisPlaces<HALF_BITS, RUN + TRELLIS_LANES>::HALVES>(two);
     value[2] = two[0];
     value[3] = two[1];
   }
