@@ -43,6 +43,16 @@ def test_bits_are_those_of_mlx(mode, dtype):
     assert wrapped.parts["weight"].codes.data_ptr() == codes.data_ptr()
 
 
+def test_nvfp4_of_half_a_run():
+    """Columns in blocks of 16 that are no multiple of 32."""
+    weights = to_mlx(np.random.default_rng(1).normal(size=(2, 8, 48)), "float32")
+    codes, scales = mlx_quantize(weights, 16, 4, "nvfp4")
+    wrapped = QuantizedExperts.from_mlx(codes, scales, group_size=16, bits=4, mode="nvfp4")
+    theirs = to_torch(mx.dequantize(*mx.quantize(weights, mode="nvfp4"), mode="nvfp4", dtype=mx.float32))
+    assert torch.equal(wrapped.dequantize(), theirs)
+    assert torch.equal(QuantizedExperts.quantize(to_torch(weights), format="nvfp4").dequantize(), theirs)
+
+
 def gpt_oss(experts: int, rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random blocks, scales and bias as gpt-oss's checkpoint has them, scales around 1."""
     generator = torch.Generator().manual_seed(seed)

@@ -134,8 +134,7 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
   args.experts = shape.experts;
   args.shared = shape.shared;
   args.top_k = shape.top_k;
-  // One row has no stride of its own: the row length keeps it aligned.
-  args.x_row_stride = shape.tokens > 1 ? size_argument("row stride of hidden_states", x.strides[0]) : shape.hidden;
+  args.x_row_stride = stride_argument("row stride of hidden_states", x, 0); // of one row: 0, any alignment
   args.h_row_stride = plan.h_row_stride;
   args.out_row_stride = shape.hidden;
   args.ids_token_stride = ids.token_stride;

@@ -23,6 +23,8 @@ struct DenseRun {
   }
   void load_scales(thread const QuantizedMatrix& matrix, uint, uint) thread { type = matrix.scale_type; }
   float element(uint i) thread const {
+    if (BITS != WORD_BITS && !aligned) // rows may begin at any element
+      return load_scale(from, i, type);
     const uint index = i / PER_WORD;
     // The vector's other elements are asked for next: one load.
     const uint word = aligned ? reinterpret_cast<device const Vector16<uint>*>(from)[index / 4].element[index % 4]

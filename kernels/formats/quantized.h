@@ -26,7 +26,7 @@ enum ScaleFormat : uint { SCALE_FP32 = 0, SCALE_FP16 = 1, SCALE_BF16 = 2, SCALE_
 
 constexpr constant uint WORD_BITS = 8 * sizeof(uint);
 /// One element per bit of a word: a run of any whole number of bits per element is whole words, and every group is
-/// whole runs (nvfp4: half ones).
+/// whole runs (nvfp4: half ones). What is left of a row after them: tail.h.
 constexpr constant uint RUN_ELEMENTS = WORD_BITS;
 /// Words of the widest run.
 constexpr constant uint RUN_MAX_WORDS = 8;

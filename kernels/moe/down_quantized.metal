@@ -38,6 +38,8 @@ inline void down_quantized_pieces(device const T* h, thread const ExpertPart& ro
     x.row[0] = h + (ulong(token) * slots + slot) * args.h_row_stride;
     float sum[N][1];
     dot_quantized(w, x, begin * SIMD_WIDTH, min(end * SIMD_WIDTH, K / RUN_ELEMENTS), lane, sum);
+    if (end * SIMD_WIDTH > K / RUN_ELEMENTS) // the last piece
+      add_tail(w, x, K, lane, sum);
     const bool biased = is_routed && args.has_bias && begin == 0 && lane == 0;
     UNROLL
     for (uint i = 0; i < N; ++i) {
@@ -180,7 +182,7 @@ down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [
   const PlacedRows<T, ROW_TILE> rows{h + ulong(tile.first) * args.h_row_stride, args.h_row_stride, tile};
   Tile product;
   const uint K = is_routed ? args.intermediate : args.shared_intermediate;
-  product.multiply_decoded(rows, tile.count, weights, K, memory, simdgroup, lane);
+  product.multiply_decoded(rows, tile.count, weights, K, memory, simdgroup, lane, whole_vectors<T>(K));
 
   device const T* b = is_routed && args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
   const DownStore<T, PlacedRows<T, ROW_TILE>> store{

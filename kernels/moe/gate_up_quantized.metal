@@ -183,7 +183,8 @@ template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
 
   const GatheredRows<T, ROW_TILE> rows{x, sorted_rows + tile.first, args.top_k + args.shared, args.x_row_stride, tile};
   Tile product;
-  product.multiply_decoded(rows, tile.count, weights, args.hidden, memory, simdgroup, lane);
+  product.multiply_decoded(rows, tile.count, weights, args.hidden, memory, simdgroup, lane,
+                           whole_vectors<T>(args.hidden));
 
   device const T* b = is_routed && args.has_bias ? bias + ulong(tile.expert) * MATRICES * args.intermediate : nullptr;
   const GateUpStore<T, GATED, GatheredRows<T, ROW_TILE>> store{

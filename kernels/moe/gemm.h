@@ -228,7 +228,7 @@ struct GemmTile {
   /// the one before is multiplied, and decoded (`store`) when the stage is free. `vectorized`: of the rows.
   template <typename Source, typename Stager>
   void multiply_decoded(thread const Source& source, uint count, thread Stager& weights, uint K,
-                        threadgroup uchar* memory, uint simdgroup, uint lane, bool vectorized = true) thread {
+                        threadgroup uchar* memory, uint simdgroup, uint lane, bool vectorized) thread {
     RowStager<T, ROW_TILE, K_TILE, Layout> rows;
     rows.start(source, count, simdgroup * SIMD_WIDTH + lane);
     sums.clear();

@@ -1,7 +1,15 @@
 // The matrix families on quantised weights: decoded to the activations' type as they are staged, see gemm.h.
 #pragma once
 #include "../formats/decoders.h"
+#include "../formats/tail.h"
 #include "gemm.h"
+
+/// Whether rows of K elements, which begin at multiples of 16 bytes, are whole vectors: only beside dense weights they
+/// may not be.
+template <typename T>
+inline bool whole_vectors(uint K) {
+  return (FIRST_MATRIX && code_format(FIRST_MATRIX) != FORMAT_DENSE) || K % Vector16<T>::COUNT == 0;
+}
 
 /// A run of any format, between its load and its decoding.
 struct PackedRun {
@@ -128,7 +136,7 @@ private:
 
   void load_run(uint run, uint k0, uint K, thread PackedRun& to) thread const {
     const uint row = run / ROW_RUNS, k = k0 + run % ROW_RUNS * RUN_ELEMENTS;
-    if (run >= RUNS || k >= K)
+    if (run >= RUNS || k + RUN_ELEMENTS > K)
       return;
     const QuantizedMatrix matrix = matrix_of(row);
     const PackRun pack{matrix, matrix_row(row), k / RUN_ELEMENTS, to};
@@ -139,14 +147,18 @@ private:
     const uint row = run / ROW_RUNS, k = run % ROW_RUNS * RUN_ELEMENTS;
     if (run >= RUNS)
       return;
-    if (k0 + k < K) {
+    if (k0 + k + RUN_ELEMENTS <= K) {
       const QuantizedMatrix matrix = matrix_of(row);
       const DecodeRun<T, Layout> decode{from, matrix, matrix_row(row), (k0 + k) / RUN_ELEMENTS, tile, row, k};
       with_decoder(matrix, decode);
       return;
     }
+    const QuantizedMatrix matrix = matrix_of(row);
+    const uint tail = has_tail(matrix, K) ? K : 0;
     for (uint e = 0; e < RUN_ELEMENTS; e += Vector16<T>::COUNT)
-      for (uint i = 0; i < Vector16<T>::COUNT; ++i)
-        tile[Layout::at(row, k + e) + i] = T(0.0f);
+      for (uint i = 0; i < Vector16<T>::COUNT; ++i) {
+        const uint at = k0 + k + e + i;
+        tile[Layout::at(row, k + e) + i] = T(at < tail ? tail_weight(matrix, matrix_row(row), at) : 0.0f);
+      }
   }
 };

@@ -5,6 +5,7 @@
 // before those of this one are used.
 #pragma once
 #include "../formats/decoders.h"
+#include "../formats/tail.h"
 #include "gemv.h"
 
 constexpr constant uint QUANTIZED_THREADGROUP_COLUMNS =
@@ -129,8 +130,25 @@ inline void dot_quantized(thread const QuantizedRows<R>& w, thread const Rows<T,
   with_decoder(w.matrix, dot);
 }
 
-/// The same with all of K and rows first, first + 1, ... of `rows`; beyond the last of `count` it again (what they give
-/// is not stored).
+/// Adds this lane's part of the elements that whole runs leave over of K.
+template <uint R, uint C, typename T>
+inline void add_tail(thread const QuantizedRows<R>& w, thread const Rows<T, C>& x, uint K, uint lane,
+                     thread float (&sum)[R][C]) {
+  if (!has_tail(w.matrix, K))
+    return;
+  for (uint k = K / RUN_ELEMENTS * RUN_ELEMENTS + lane; k < K; k += SIMD_WIDTH) {
+    UNROLL
+    for (uint r = 0; r < R; ++r) {
+      const float weight = tail_weight(w.matrix, w.row(r), k);
+      UNROLL
+      for (uint c = 0; c < C; ++c)
+        sum[r][c] = fma(weight, float(x.row[c][k]), sum[r][c]);
+    }
+  }
+}
+
+/// dot_quantized with all of K and rows first, first + 1, ... of `rows`; beyond the last of `count` it again (what they
+/// give is not stored).
 template <typename T, uint R, uint C, typename Source>
 inline void dot_quantized_block(thread const QuantizedRows<R>& w, thread const Source& rows, uint first, uint count,
                                 uint K, uint lane, thread float (&sum)[R][C]) {
@@ -139,4 +157,5 @@ inline void dot_quantized_block(thread const QuantizedRows<R>& w, thread const S
   for (uint c = 0; c < C; ++c)
     x.row[c] = rows.at(min(first + c, count - 1));
   dot_quantized(w, x, 0, K / RUN_ELEMENTS, lane, sum);
+  add_tail(w, x, K, lane, sum);
 }

@@ -136,10 +136,7 @@ def _flat(
             return [weights], list(weights.shape)
         if dtype is not None:
             check_weights(op, name, weights, dtype)
-        try:
-            return dense_buffers(weights, 2 if pair else 1, interleaved), list(weights.shape)
-        except ValueError as error:
-            raise ValueError(f"{op}: {name}, dense beside quantised experts: {error}") from None
+        return dense_buffers(weights, 2 if pair else 1, interleaved), list(weights.shape)
     if not pair and len(weights.parts) == 2:
         wrong_value(op, name, "a pair of gate and up", "one matrix per expert")
     # Taking gate and up apart checks every record again: once per layer is enough.

@@ -16,6 +16,7 @@ from ._validate import (
     check_routing,
     wrong_shape,
 )
+from .formats.layout import round_up
 
 # Tensor arguments, as `check_devices` names them.
 _EXPERTS_TENSORS = (
@@ -64,7 +65,9 @@ def _aligned(hidden_states: Tensor) -> Tensor:
         return hidden_states
     _core.count_fallback("copied_input", copies=True)
     _core.settle_batch()  # PyTorch reads it now
-    return hidden_states.clone(memory_format=torch.contiguous_format)
+    tokens, hidden = hidden_states.shape
+    unit = 16 // hidden_states.element_size()
+    return hidden_states.new_empty(tokens, round_up(hidden, unit))[:, :hidden].copy_(hidden_states)
 
 
 @operator
@@ -316,11 +319,9 @@ def fused_experts(
         alpha: of "swiglu_clamp".
         limit: of "swiglu_clamp", above 0; math.inf: no clamp.
         shared_w1: [N, 2Is, H] ("relu2": [N, Is, H]), contiguous: N shared experts, which every token uses. Or
-            `QuantizedExperts` of that shape, without a bias. Dense beside a quantised `w1`, or the other way round, H
-            must be a multiple of 32. Where any weights are trellis, shared experts run after the routed ones, and the
-            two results, rounded to the dtype of `hidden_states`, are added up.
-        shared_w2: [N, H, Is], contiguous; given together with `shared_w1`. Or `QuantizedExperts`, as for `shared_w1`;
-            Is a multiple of 32 where dense and quantised experts meet.
+            `QuantizedExperts` of that shape, without a bias. Where any weights are trellis, shared experts run after
+            the routed ones, and the two results, rounded to the dtype of `hidden_states`, are added up.
+        shared_w2: [N, H, Is], contiguous; given together with `shared_w1`. Or `QuantizedExperts`, as for `shared_w1`.
         shared_weights: [T, N] float32, float16 or bfloat16, any strides: weights of the shared experts; None: 1.
         use_fp32_acc: accumulate in float32. False, where dtype is float16: sums of up to 16 products are kept in
             float16 and added up in float32, which doubles or triples the error. bfloat16 and float32 always accumulate

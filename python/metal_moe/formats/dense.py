@@ -15,7 +15,7 @@ from torch import Tensor
 from .layout import RECORD, SCALE_DTYPES, SCALE_TYPES, Extent, Format, Settings, Stack, as_bytes, as_type
 from .part import table_tensor
 
-# Kernels read a row in runs of this many columns.
+# In a record's group_size, which dense weights have no use for: kernels read a row in runs of this many columns.
 RUN = 32
 
 
@@ -38,8 +38,6 @@ class Dense(Format):
             raise ValueError(f"bits is {settings.bits:g}; dense {settings.scale_type} has {bits}")
         if settings.group_size != RUN:
             raise ValueError(f"group_size is {settings.group_size}; dense has {RUN}")
-        if columns % RUN:
-            raise ValueError(f"the matrix has {columns} columns; it must be a multiple of {RUN}")
 
     def extents(self, settings: Settings, rows: int, columns: int) -> tuple[Extent, Extent, Extent]:
         return Extent(rows, columns * settings.bits // 8), Extent(0, 0), Extent(0, 0)

@@ -31,8 +31,8 @@ are laid out like this already.
 
 Alignment: `codes`, `scales` and `biases` are multiples of 16 for a matrix that stands by itself. One that begins
 inside another (up after gate) begins at a row of it, so it is aligned as rows are: at multiples of 4 bytes for codes,
-of one element for scales. A buffer's own address is PyTorch's affair: 64 bytes or more wherever PyTorch allocated it;
-a tensor that lies in a mapped file may begin anywhere (`QuantizedExperts.aligned` copies those).
+of one element for scales and dense weights. A buffer's own address is PyTorch's affair: 64 bytes or more wherever
+PyTorch allocated it; a tensor that lies in a mapped file may begin anywhere (`QuantizedExperts.aligned` copies those).
 """
 
 from __future__ import annotations

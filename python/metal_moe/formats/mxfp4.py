@@ -52,8 +52,8 @@ class BlockFloat(Format):
         ):
             if value != must:
                 raise ValueError(f"{name} is {value}; {self.NAME} has {must}")
-        if columns % 32:
-            raise ValueError(f"the matrix has {columns} columns; it must be a multiple of 32")
+        if columns % self.BLOCK:
+            raise ValueError(f"the matrix has {columns} columns; it must be a multiple of {self.BLOCK}")
 
     def extents(self, settings: Settings, rows: int, columns: int) -> tuple[Extent, Extent, Extent]:
         return Extent(rows, columns * self.BITS // 8), Extent(rows, columns // self.BLOCK), Extent(0, 0)

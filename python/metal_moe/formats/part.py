@@ -178,7 +178,8 @@ def _check_records(part: Part, what: str) -> None:
         extents = known.extents(settings, rows, columns)
         strides = (int(record["codes_stride"]), int(record["scales_stride"]), int(record["scales_stride"]))
         element = SCALE_DTYPES[settings.scale_type].itemsize if settings.scale_type in SCALE_DTYPES else 1
-        aligned = (4, element, element)
+        # Dense rows begin at any element.
+        aligned = (element if settings.format == "dense" else 4, element, element)
         for (name, buffer), extent, stride, unit in zip(part.buffers().items(), extents, strides, aligned, strict=True):
             if not extent.rows:
                 continue
