@@ -12,7 +12,15 @@ from test_trellis_kernels import CODES
 E = 3
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_clamp")
 DECODE = ["trellis_gate_up_decode", "trellis_down_decode", "rotate_outputs"]
-GROUPED = ["group", "rotate_inputs", "trellis_product_m4", "rotate_activations", "trellis_product_m4", "rotate_outputs"]
+
+
+def default_kernels(tokens: int, top_k: int, count: int) -> list[str]:
+    """The native engine takes large row tiles from four rows of an expert on."""
+    if tokens == 1:
+        return DECODE
+    large = metal_moe.last_dispatch()["engine"] == "native" and tokens * top_k >= 4 * count
+    product = f"trellis_product_m{16 if large else 4}"
+    return ["group", "rotate_inputs", product, "rotate_activations", product, "rotate_outputs"]
 
 
 def experts(rows: int, columns: int, kinds: list[tuple[float, str]], seed: int, count: int = E) -> QuantizedExperts:
@@ -42,7 +50,7 @@ def run(x, gate_up, down, weights, ids, activation="silu", bias1=None, bias2=Non
 
 def check(x, gate_up, down, weights, ids, activation="silu", bias1=None, bias2=None):
     got = run(x, gate_up, down, weights, ids, activation, bias1, bias2)
-    assert metal_moe.last_dispatch()["kernels"] == (DECODE if x.shape[0] == 1 else GROUPED)
+    assert metal_moe.last_dispatch()["kernels"] == default_kernels(*ids.shape, down.shape[0])
     w1 = torch.cat([part.dequantize(torch.float64) for part in gate_up], 1)
     w2 = down.dequantize(torch.float64)
     expected = torch.zeros(x.shape, dtype=torch.float64)

@@ -118,9 +118,10 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
   const LayerShape shape = layer_shape(x, layer, top_k);
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
   const Tuning& tuning = engine.tuning(tuned_layer(shape));
+  const uint64_t assignments = uint64_t(shape.tokens) * shape.top_k;
   const Family family = layer.family      ? parse_family(*layer.family, fp32_accumulation)
-                        : layer.trellis() ? select_trellis_family(shape.tokens)
-                                          : select_family(tuning, shape.tokens, uint64_t(shape.tokens) * shape.top_k);
+                        : layer.trellis() ? select_trellis_family(tuning, shape.tokens, assignments, shape.experts)
+                                          : select_family(tuning, shape.tokens, assignments);
   ExpertsPacking packing{};
   if (shape.tokens == 0)
     return packing;

@@ -48,6 +48,12 @@ Family select_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments
   return Family::LargeBatch;
 }
 
+Family select_trellis_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments, uint32_t experts) {
+  if (tokens <= 1)
+    return Family::Decode;
+  return assignments >= uint64_t(tuning.trellis_large_batch_rows) * experts ? Family::LargeBatch : Family::Prefill4;
+}
+
 uint32_t select_variant(const Tuning& tuning, Family family, uint64_t routed_rows, uint32_t experts) {
   uint32_t variant = 0;
   while (VARIANTS[variant].family != family)

@@ -29,9 +29,8 @@ TunedLayer layer_of_bits(std::optional<int64_t> gate_bits, std::optional<int64_t
 /// Family for `tokens` tokens.
 Family select_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments);
 
-/// Family for `tokens` tokens of a layer whose weights are all trellis codes. Larger row tiles only by request: what
-/// they save is not measured.
-constexpr Family select_trellis_family(uint32_t tokens) { return tokens <= 1 ? Family::Decode : Family::Prefill4; }
+/// The same of a layer whose weights are all trellis codes.
+Family select_trellis_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments, uint32_t experts);
 
 /// Family that a user asked for by name: "moe_base", "base", either with "_fp32acc". std::invalid_argument listing the
 /// names where there is none, or where the suffix asks for another accumulation than `fp32_accumulation`.

@@ -40,10 +40,13 @@ const Tuning& tuning_for(const std::string& engine) {
   // that 8x8 matrices need, whatever the number of rows: bench/moe_layer.py, where base and large_batch take 1.5 to 4
   // times as long from 4 to 512 tokens. 65 or more rows of an expert read its weights again from the cache.
   // One lane holds one assignment: tiles come from `group`, which costs a microsecond there.
+  // Decoding trellis weights costs more than multiplying them: 16 rows that share it take 0.6 to 0.9 times as long as
+  // four, from four rows of an expert on (4 bits, 8 experts of 1024 x 512, 16 to 256 tokens, AVX2); below, as long.
   static const Tuning native{.prefill4_tokens = UINT32_MAX,
                              .base_tokens = UINT32_MAX,
                              .prefill4_row_tile = PREFILL4_ROW_TILE_ONE_LANE,
                              .tiles_from_ids_assignments = 0,
+                             .trellis_large_batch_rows = 4,
                              .product_gemv_rows = UINT32_MAX};
   // Tensor cores are idle most of the time whatever the tile, so padding costs little and reading weights again more;
   // copies run ahead of the arithmetic, where dot products wait for their loads. Four tokens of GLM-4.7-Flash: 69.9 us
