@@ -9,7 +9,7 @@ namespace metal_moe::bindings {
 namespace {
 
 /// Fields of KernelForm in python/metal_moe/formats/quantized_experts.py.
-enum Field : Py_ssize_t { PARTS, BUFFERS, CODES, TRELLIS };
+enum Field : Py_ssize_t { PARTS, SHAPE, BUFFERS, CODES, TRELLIS };
 
 /// Of a part, in the order of its buffers.
 std::array<TensorView*, 4> views(QuantizedPart& part) { return {&part.codes, &part.scales, &part.biases, &part.table}; }
@@ -39,14 +39,13 @@ bool read_kernel_form(PyObject* weights, bool interleaved, TensorDevice device, 
                       QuantizedPart* second, KernelForm& form) {
   static PyObject* const kernel_forms = PyUnicode_InternFromString("kernel_forms");
   static PyObject* const parts = PyUnicode_InternFromString("parts");
-  static PyObject* const shape = PyUnicode_InternFromString("shape");
   static PyObject* const bias = PyUnicode_InternFromString("bias");
   // (as gate and up, interleaved)
   static const std::array<PyObject*, 3> keys = {py::make_tuple(false, false).release().ptr(),
                                                 py::make_tuple(true, false).release().ptr(),
                                                 py::make_tuple(true, true).release().ptr()};
-  const py::object forms = attribute(weights, kernel_forms), sizes = attribute(weights, shape);
-  if (!PyDict_Check(forms.ptr()) || !PyTuple_Check(sizes.ptr()) || PyTuple_GET_SIZE(sizes.ptr()) != 3)
+  const py::object forms = attribute(weights, kernel_forms);
+  if (!PyDict_Check(forms.ptr()))
     return false;
   PyObject* found = PyDict_GetItemWithError(forms.ptr(), keys[second ? 1 + interleaved : 0]);
   if (!found)
@@ -57,7 +56,7 @@ bool read_kernel_form(PyObject* weights, bool interleaved, TensorDevice device, 
   form.trellis = PyTuple_GET_ITEM(found, TRELLIS) == Py_True;
   form.bias = attribute(weights, bias);
   for (size_t i = 0; i < form.shape.size(); ++i)
-    form.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), Py_ssize_t(i)));
+    form.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(PyTuple_GET_ITEM(found, SHAPE), Py_ssize_t(i)));
   form.parts = {&first, second};
   Py_ssize_t place = 0, index = 0;
   for (QuantizedPart* part : form.parts) {

@@ -152,7 +152,7 @@ def _flat(
         for part in of_weights:
             _check_formats(op, name, part, trellis)
         buffers = [tensor for part in of_weights for tensor in (part.codes, part.scales, part.biases, part.table)]
-        form = KernelForm(parts, buffers, [_matrix_code(part) for part in of_weights], trellis)
+        form = KernelForm(parts, tuple(now), buffers, [_matrix_code(part) for part in of_weights], trellis)
         weights.kernel_forms[pair, interleaved] = form
     return form.buffers, list(weights.shape)
 

@@ -27,6 +27,8 @@ class KernelForm(NamedTuple):
 
     parts: tuple[Part, ...]
     """Those of the weights, which it was made from."""
+    shape: tuple[int, int, int]
+    """[E, rows, columns] of the weights."""
     buffers: list[Tensor]
     """Codes, scales, biases and table: of the one part, or of gate and then of up."""
     codes: list[int]
