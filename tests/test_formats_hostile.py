@@ -17,7 +17,13 @@ MODEL, CONFIG = "model.safetensors", "config.json"
 TYPES = (torch.uint8, torch.int16, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.int64)
 # What a config may say instead: of no type that is expected, or of the type and absurd.
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8), st.just([]), st.just({})
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=8),
+    st.builds(list),
+    st.builds(dict),
 )
 
 
