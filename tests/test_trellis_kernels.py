@@ -30,6 +30,21 @@ def test_matrices(bits, codebook, engine, use_engine):
 
 
 @pytest.mark.parametrize("engine", cases.ENGINES)
+@pytest.mark.parametrize("codebook", ["3inst", "mcg", "mul1"])
+def test_all_states(codebook, engine, use_engine):
+    """Each of the 65536 states once at least: their values have all roundings that there are, ties among them."""
+    use_engine(engine)
+    # With 8 bits a state is two neighbouring bytes: those of a tile are one byte and 128 others in turn.
+    one, others = torch.arange(256).view(256, 1, 1), torch.arange(256).view(1, 2, 128)
+    ring = torch.stack([one.expand(256, 2, 128), others.expand(256, 2, 128)], -1).view(512, 256)
+    states = ring.roll(1, -1) << 8 | ring
+    assert states.unique().numel() == 2**16
+    linear = exl3_linear(256, 512, 8, codebook)
+    linear["trellis"] = trellis.pack_states(states.int(), 8).view(torch.int16).view(linear["trellis"].shape)
+    assert_decodes(QuantizedExperts.from_exl3([linear]))
+
+
+@pytest.mark.parametrize("engine", cases.ENGINES)
 def test_several_matrices(engine, use_engine):
     """Sizes that were rounded up, gate and up within one matrix, experts of different bits."""
     use_engine(engine)

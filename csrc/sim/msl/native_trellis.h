@@ -171,12 +171,11 @@ METAL_FUNC TrellisVector trellis_states(const uint* tile) {
                      METAL_SIM_TRELLIS(sllv_epi32)(pairs, trellis_load(places.left)));
 }
 
-/// Each element, whose size as an fp16 is that of a normal number or zero, times 2^SCALE and rounded to the nearest
-/// fp16: (2^13 + 1) v is a multiple of what 11 bits of 2^13 v count, and so is the difference of both, which is v but
-/// for that one rounding. Ties go to even for the values of all states, as a test over them shows.
-template <int SCALE>
+/// Each element, times 2^112 a normal number of fp16 or zero, times 2^112 and rounded to the nearest fp16: (2^13 + 1) v
+/// is a multiple of what 11 bits of 2^13 v count, and so is the difference of both, which is v but for that one
+/// rounding. Ties go to even for the values of all states, as a test over them shows.
 METAL_FUNC TrellisFloats trellis_round(TrellisFloats v) {
-  const auto all = [](float value) { return METAL_SIM_TRELLIS(set1_ps)(__builtin_ldexpf(value, SCALE)); };
+  const auto all = [](float value) { return METAL_SIM_TRELLIS(set1_ps)(__builtin_ldexpf(value, 112)); };
   return METAL_SIM_TRELLIS(fnmadd_ps)(v, all(8192.0f), METAL_SIM_TRELLIS(mul_ps)(v, all(8193.0f)));
 }
 
@@ -191,16 +190,22 @@ METAL_FUNC void trellis_values(TrellisVector state, TrellisFloats (&value)[2]) {
   TrellisVector high = METAL_SIM_TRELLIS(add_epi16)(METAL_SIM_TRELLIS(mulhi_epu16)(state, all(FACTOR)),
                                                     METAL_SIM_TRELLIS(mullo_epi16)(state, all(FACTOR >> 16)));
   if constexpr (CODEBOOK == 2) {
-    const TrellisVector ones = METAL_SIM_TRELLIS(set1_epi8)(1);
-    const TrellisVector bytes = METAL_SIM_TRELLIS(add_epi16)(METAL_SIM_TRELLIS(maddubs_epi16)(low, ones),
-                                                             METAL_SIM_TRELLIS(maddubs_epi16)(high, ones));
-    // 0x4B000000 + bytes are the bits of 2^23 + bytes, of which an fma, exact but for nothing, takes 2^23 - 1024 away.
+    // 64 times the sum of the product's bytes is below 2^16. Below the upper half of 234 * 1024 as an fp32 it makes one
+    // of 234 * 1024 + sum. The value is (1024 + sum) * 887 / 2^17 - 10.3828125, which with that number is an fma whose
+    // addend, -1625, is short enough that 2^13 and 2^13 + 1 times the value are one as well; see trellis_round.
+    const TrellisVector weight = METAL_SIM_TRELLIS(set1_epi8)(64);
+    const TrellisVector bytes = METAL_SIM_TRELLIS(add_epi16)(METAL_SIM_TRELLIS(maddubs_epi16)(low, weight),
+                                                             METAL_SIM_TRELLIS(maddubs_epi16)(high, weight));
     constexpr float FACTOR_OF_SUM = 887.0f / 131072.0f;
-    constexpr float ADDEND = -10.3828125f - (8388608.0f - 1024.0f) * FACTOR_OF_SUM;
-    for (uint part = 0; part < 2; ++part)
-      value[part] = trellis_round<0>(METAL_SIM_TRELLIS(fmadd_ps)(trellis_unpack(bytes, all(0x4B00), part),
-                                                                 METAL_SIM_TRELLIS(set1_ps)(FACTOR_OF_SUM),
-                                                                 METAL_SIM_TRELLIS(set1_ps)(ADDEND)));
+    constexpr float ADDEND = -10.3828125f - 233 * 1024 * FACTOR_OF_SUM;
+    const auto times = [](float scale, TrellisFloats sum) {
+      return METAL_SIM_TRELLIS(fmadd_ps)(sum, METAL_SIM_TRELLIS(set1_ps)(scale * FACTOR_OF_SUM),
+                                         METAL_SIM_TRELLIS(set1_ps)(scale * ADDEND));
+    };
+    for (uint part = 0; part < 2; ++part) {
+      const TrellisFloats sum = trellis_unpack(bytes, all(0x486A), part);
+      value[part] = METAL_SIM_TRELLIS(sub_ps)(times(8193.0f, sum), times(8192.0f, sum));
+    }
   } else {
     uint flip = 0;
     if constexpr (CODEBOOK == 0) {
@@ -221,8 +226,8 @@ METAL_FUNC void trellis_values(TrellisVector state, TrellisFloats (&value)[2]) {
     const TrellisVector lower_low = METAL_SIM_TRELLIS(slli_epi16)(low, 13);
     const TrellisVector lower_high = METAL_SIM_TRELLIS(slli_epi16)(high, 13);
     for (uint part = 0; part < 2; ++part)
-      value[part] = trellis_round<112>(METAL_SIM_TRELLIS(add_ps)(trellis_unpack(lower_low, upper_low, part),
-                                                                 trellis_unpack(lower_high, upper_high, part)));
+      value[part] = trellis_round(METAL_SIM_TRELLIS(add_ps)(trellis_unpack(lower_low, upper_low, part),
+                                                            trellis_unpack(lower_high, upper_high, part)));
   }
 }
 
