@@ -100,6 +100,24 @@ def test_specialised_kernels_hold_their_decoders_alone(kernel, codes):
         assert len(specialized) < len(generic) / 2
 
 
+@pytest.mark.parametrize("architecture", [80, 86])  # the second has less memory than packed tiles of bf16 take
+@pytest.mark.parametrize(
+    ("kernel", "group_size"),
+    [
+        ("gate_up_quantized_decode_fp32acc_bf16", 32),
+        ("down_quantized_decode_fp32acc_fp16", 128),
+        ("gate_up_quantized_base_fp32acc_fp16", 64),
+        ("down_quantized_large_batch_fp32acc_m16_bf16", 32),
+    ],
+)
+def test_packed_products(architecture, kernel, group_size):
+    """4-bit affine codes become operands of matrix instructions where these are and threadgroup memory suffices."""
+    constants = (
+        {0: affine(4, group_size), 1: affine(4, group_size)} if "gate_up" in kernel else {0: affine(4, group_size)}
+    )
+    assert kernel.encode() in _core.compile_cuda_kernel(str(LIBRARY), kernel, architecture, constants)
+
+
 def test_the_cache_tells_specialised_kernels_apart(cache):
     compiled = [
         _core.compile_cuda_kernel(str(LIBRARY), "down_quantized_decode_fp32acc_fp32", ARCHITECTURE, {0: affine(bits)})

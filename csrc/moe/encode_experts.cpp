@@ -4,6 +4,7 @@
 #include "experts_encoding.h"
 
 #include "../core/trace.h"
+#include "formats/matrix_code.h"
 #include "moe/trellis_product.h"
 
 namespace metal_moe {
@@ -115,7 +116,7 @@ LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t t
 
 ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const ExpertsLayer& layer,
                             const SlotsView& ids, const SlotsView& weights, uint32_t top_k) {
-  const LayerShape shape = layer_shape(x, layer, top_k);
+  LayerShape shape = layer_shape(x, layer, top_k);
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
   const Tuning& tuning = engine.tuning(tuned_layer(shape));
   const uint64_t assignments = uint64_t(shape.tokens) * shape.top_k;
@@ -125,6 +126,12 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
   ExpertsPacking packing{};
   if (shape.tokens == 0)
     return packing;
+  if (tuning.packed_products) {
+    const auto group = [&](uint32_t code) { return code_is_packed(code, x.item_size) ? code_group_size(code) : 0; };
+    if (!shape.gated || layer.gate.code == layer.up.code)
+      shape.packed_gate_up_group = group(layer.gate.code);
+    shape.packed_down_group = group(layer.down.code);
+  }
   const ExpertsPlan& plan = packing.plan = plan_experts(tuning, family, shape, fp32_accumulation);
 
   ExpertsArgs& args = packing.args;

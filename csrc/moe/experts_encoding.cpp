@@ -97,8 +97,9 @@ void ExpertsEncoding::down_decode(const BufferView& h) {
   stream.bind(index++, shared_weights.view);
   stream.bind(index++, out.view());
   stream.bind_value(index, args);
-  stream.threadgroup_memory(0, DOWN_DECODE_MEMORY_BYTES);
-  const uint32_t columns = gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, pipeline.simd_width);
+  stream.threadgroup_memory(0, plan.down_bytes);
+  const uint32_t columns = shape.packed_down_group ? PACKED_DECODE_COLUMNS
+                                                   : gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, pipeline.simd_width);
   stream.dispatch(MTL::Size(ceil_div(shape.hidden, columns), shape.tokens, 1),
                   simdgroups(DOWN_DECODE_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width,
                   plan.down_weight_bytes + activation_bytes());
@@ -117,8 +118,8 @@ void ExpertsEncoding::gate_up_grouped(const GroupTables& tables, const BufferVie
   stream.bind(index++, or_ids(tables.tiles));
   stream.bind(index++, h);
   stream.bind_value(index, args);
-  if (plan.threadgroup_bytes)
-    stream.threadgroup_memory(0, plan.threadgroup_bytes);
+  if (plan.gate_up_bytes)
+    stream.threadgroup_memory(0, plan.gate_up_bytes);
   const uint32_t blocks = gemv ? gemv_blocks(pipeline, widest_intermediate(), gate_up_columns()) : plan.gate_up_blocks;
   stream.dispatch(MTL::Size(plan.tiles, blocks, 1),
                   simdgroups(gemv ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width,
@@ -140,8 +141,8 @@ void ExpertsEncoding::down_grouped(const GroupTables& tables, const BufferView& 
   stream.bind(index++, or_ids(tables.tiles));
   stream.bind(index++, y);
   stream.bind_value(index, args);
-  if (plan.threadgroup_bytes)
-    stream.threadgroup_memory(0, plan.threadgroup_bytes);
+  if (plan.down_bytes)
+    stream.threadgroup_memory(0, plan.down_bytes);
   stream.dispatch(
       MTL::Size(plan.tiles, gemv ? gemv_blocks(pipeline, shape.hidden, down_columns()) : plan.down_blocks, 1),
       simdgroups(gemv ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width,

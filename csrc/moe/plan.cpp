@@ -54,7 +54,14 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
 
   // Products with trellis weights have the smallest row tile of each family.
   const uint64_t routed_rows = shape.trellis ? 0 : uint64_t(shape.tokens) * shape.top_k;
-  uint32_t variant = select_variant(tuning, family, routed_rows, shape.experts);
+  const auto packs = [&](uint32_t row_tile, uint32_t group) {
+    return group && packs_tile(row_tile, group, tuning.threadgroup_bytes);
+  };
+  Tuning own = tuning;
+  if (packs(PACKED_ROW_TILE, shape.packed_gate_up_group) && packs(PACKED_ROW_TILE, shape.packed_down_group) &&
+      routed_rows <= uint64_t(PACKED_MEAN_ROWS) * shape.experts)
+    own.largest_row_tile = PACKED_ROW_TILE;
+  uint32_t variant = select_variant(own, family, routed_rows, shape.experts);
   const uint32_t place = quantized_variant(variant);
   if (shape.quantized())
     variant = QUANTIZED_VARIANTS[place]; // of both products: they share the row tile
@@ -78,13 +85,23 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
   const uint32_t tile_n = plan.variant->tile_n;
   // 8 elements of any dtype are whole vectors: rows of h stay aligned.
   plan.h_row_stride = size_argument("the intermediate size", ceil_div(widest, 8) * int64_t(8));
-  plan.gate_up_blocks = ceil_div(widest, plan.variant->matrix && shape.gated ? tile_n / 2 : tile_n);
-  plan.down_blocks = ceil_div(shape.hidden, tile_n);
-  if (plan.variant->matrix)
-    plan.threadgroup_bytes = gemm_threadgroup_bytes(
+  const bool packs_gate_up = plan.variant->matrix && packs(plan.row_tile, shape.packed_gate_up_group);
+  const bool packs_down = plan.variant->matrix && packs(plan.row_tile, shape.packed_down_group);
+  const uint32_t gate_up_n = packs_gate_up ? PACKED_TILE_N : tile_n;
+  const uint32_t down_n = packs_down ? PACKED_TILE_N : tile_n;
+  plan.gate_up_blocks = ceil_div(widest, plan.variant->matrix && shape.gated ? gate_up_n / 2 : gate_up_n);
+  plan.down_blocks = ceil_div(shape.hidden, down_n);
+  if (plan.variant->matrix) {
+    const uint32_t bytes = gemm_threadgroup_bytes(
         plan.row_tile, plan.variant->stages_weights ? tile_n : 0,
         plan.variant->stages_weights && shape.dtype != Dtype::Fp32 ? tuning.threadgroup_pad_bytes : ROW_PAD_BYTES,
         tuning.threadgroup_bytes);
+    plan.gate_up_bytes = packs_gate_up ? packed_tile_bytes(plan.row_tile, shape.packed_gate_up_group) : bytes;
+    plan.down_bytes = packs_down ? packed_tile_bytes(plan.row_tile, shape.packed_down_group) : bytes;
+  } else if (!plan.grouped) {
+    plan.down_bytes =
+        shape.packed_down_group ? packed_down_decode_bytes(shape.packed_down_group) : DOWN_DECODE_MEMORY_BYTES;
+  }
 
   const size_t item = shape.dtype == Dtype::Fp32 ? 4 : 2;
   plan.h_bytes = size_t(plan.rows) * plan.h_row_stride * item;

@@ -24,6 +24,10 @@ struct LayerShape {
   size_t quantized_shared_gate_up_bytes = 0;
   size_t quantized_shared_down_bytes = 0;
 
+  /// Columns of a scale where the product's kernels are packed ones (Tuning::packed_products); else 0.
+  uint32_t packed_gate_up_group = 0;
+  uint32_t packed_down_group = 0;
+
   bool quantized() const { return quantized_gate_up_bytes || quantized_down_bytes; }
 };
 
@@ -49,7 +53,8 @@ struct ExpertsPlan {
   uint32_t h_row_stride;   // elements
   uint32_t gate_up_blocks; // column blocks of the grid
   uint32_t down_blocks;
-  uint32_t threadgroup_bytes; // of threadgroup memory, gate_up and down alike; 0: none
+  uint32_t gate_up_bytes; // of threadgroup memory; 0: none
+  uint32_t down_bytes;
   size_t h_bytes;
   size_t y_bytes; // grouped
   /// Weights, read once, of as many experts as can be chosen: what the commit policy counts.

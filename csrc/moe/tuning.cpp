@@ -56,6 +56,7 @@ const Tuning& tuning_for(const std::string& engine) {
                            .base_assignments = 16,
                            .row_tile_per_mean_rows = 1.5f,
                            .largest_row_tile = 128,
+                           .packed_products = true,
                            .threadgroup_pad_bytes = 0};
   // The published table, but every kernel is selected for some shape.
   static const Tuning exact{.largest_row_tile = 128};

@@ -21,3 +21,10 @@ constexpr uint code_group_size(uint code) { return 16u << (code >> 11 & 7); }
 constexpr uint code_codebook(uint code) { return code >> 14 & 3; }
 constexpr uint code_scale_type(uint code) { return code >> 16 & 7; }
 constexpr bool code_aligned(uint code) { return (code >> 19 & 1) != 0; }
+
+/// Whether codes of 4 bits can become operands of matrix instructions in place, beside activations of `element_bytes`
+/// bytes, on a GPU whose engine does that: see moe/packed_product.h. Affine, 16-bit scales.
+constexpr bool code_is_packed(uint code, uint element_bytes) {
+  return code_format(code) == 1 && code_half_bits(code) == 8 && code_aligned(code) && element_bytes == 2 &&
+         (code_scale_type(code) == 1 || code_scale_type(code) == 2);
+}

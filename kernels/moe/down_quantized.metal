@@ -5,6 +5,7 @@
 #include "down.h"
 #include "gemm_quantized.h"
 #include "gemv_quantized.h"
+#include "packed_product.h"
 
 constexpr constant uint DOWN_LANE_SIMDGROUPS = simdgroups(DOWN_DECODE_SIMDGROUPS, SIMD_WIDTH);
 constexpr constant uint DOWN_DECODE_THREADGROUP_COLUMNS = gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, SIMD_WIDTH);
@@ -63,14 +64,19 @@ down_quantized_decode(device const T* h [[buffer(0)]], device const uchar* codes
                       uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint N = SIMD_WIDTH == 1 ? one_lane_weight_rows<1>() : DOWN_DECODE_COLUMNS;
   const uint first_column = group.x * DOWN_DECODE_THREADGROUP_COLUMNS, token = group.y;
+  const ExpertPart routed{codes, scales, biases, table},
+      shared{shared_codes, shared_scales, shared_biases, shared_table};
+  device T* to = out + ulong(token) * args.out_row_stride;
+#ifdef METAL_SIM_CUDA
+  if (down_packed_decode<FIRST_MATRIX>(h, routed, shared, bias, ids, weights, shared_weights, to, args, sums, group.x,
+                                       token, simdgroup, lane))
+    return;
+#endif
   const uint pieces = args.top_k * divide_up(args.intermediate, SIMDGROUP_RUN_ELEMENTS) +
                       args.shared * divide_up(args.shared_intermediate, SIMDGROUP_RUN_ELEMENTS);
   const uint share = divide_up(pieces, DOWN_LANE_SIMDGROUPS);
   const uint first = min(simdgroup * share, pieces);
   const uint last = min(first + share, pieces);
-  const ExpertPart routed{codes, scales, biases, table},
-      shared{shared_codes, shared_scales, shared_biases, shared_table};
-  device T* to = out + ulong(token) * args.out_row_stride;
   const uint end = min(first_column + DOWN_DECODE_THREADGROUP_COLUMNS, args.hidden);
   for (uint column = first_column; column < end; column += N) { // once, on a GPU
     float total[N][1] = {};
@@ -168,7 +174,12 @@ down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [
   if (tile.count == 0)
     return;
   using Tile = GemmTile<T, float, 1, ROW_TILE, TILE_N, true>;
-  const uint first_column = group.y * Tile::COLUMNS;
+#ifdef METAL_SIM_CUDA
+  constexpr bool PACKED = is_packed_tile(FIRST_MATRIX, sizeof(T), ROW_TILE);
+#else
+  constexpr bool PACKED = false;
+#endif
+  const uint first_column = group.y * (PACKED ? PACKED_TILE_N : Tile::COLUMNS);
 
   QuantizedStager<T, 1, Tile::COLUMNS, Tile::K_TILE, typename Tile::Layout> weights;
   const bool is_routed = tile.expert < args.experts;
@@ -180,13 +191,17 @@ down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [
   weights.thread_index = simdgroup * SIMD_WIDTH + lane;
 
   const PlacedRows<T, ROW_TILE> rows{h + ulong(tile.first) * args.h_row_stride, args.h_row_stride, tile};
-  Tile product;
   const uint K = is_routed ? args.intermediate : args.shared_intermediate;
-  product.multiply_decoded(rows, tile.count, weights, K, memory, simdgroup, lane, whole_vectors<T>(K));
-
   device const T* b = is_routed && args.has_bias ? bias + ulong(tile.expert) * args.hidden : nullptr;
   const DownStore<T, PlacedRows<T, ROW_TILE>> store{
       rows, y + ulong(tile.first) * args.out_row_stride, b, tile.count, first_column, args.hidden, args.out_row_stride};
+#ifdef METAL_SIM_CUDA
+  if (multiply_packed_tile<FIRST_MATRIX, T, ROW_TILE>(rows, tile.count, weights.matrices, first_column, args.hidden, K,
+                                                      store, memory, simdgroup, lane))
+    return;
+#endif
+  Tile product;
+  product.multiply_decoded(rows, tile.count, weights, K, memory, simdgroup, lane, whole_vectors<T>(K));
   product.for_each_pair(store, memory, simdgroup, lane);
 }
 

@@ -79,6 +79,38 @@ constexpr uint gemm_threadgroup_bytes(uint row_tile, uint weight_rows, uint pad_
 /// Threadgroup memory of decode's down: a sum per simdgroup and column.
 SHARED_CONSTANT uint DOWN_DECODE_MEMORY_BYTES = DOWN_DECODE_SIMDGROUPS * DOWN_DECODE_COLUMNS * 4;
 
+// Packed products (packed_product.h). Weight rows of a threadgroup: for one token (gate_up: of each matrix), and for a
+// tile of rows (gate_up: of both together). Its simdgroups share K and take so many columns of it at a time.
+SHARED_CONSTANT uint PACKED_DECODE_COLUMNS = 16;
+SHARED_CONSTANT uint PACKED_TILE_N = 64;
+SHARED_CONSTANT uint PACKED_DECODE_SLAB = 256;
+SHARED_CONSTANT uint PACKED_TILE_SLAB = 128;
+/// Rows of x that a tile has at most.
+SHARED_CONSTANT uint PACKED_ROW_TILE = 16;
+/// Mean rows per expert up to which such tiles are faster than larger ones whose weights are decoded to threadgroup
+/// memory.
+SHARED_CONSTANT uint PACKED_MEAN_ROWS = 64;
+/// Slots of a token that `down` takes at a time.
+SHARED_CONSTANT uint PACKED_SLOTS = 32; // 32: entries of a table
+SHARED_CONSTANT uint PACKED_SLOT_BYTES = 64;
+/// Threadgroup memory: two slabs for each simdgroup, with the scales and biases of `group` columns each, and where rows
+/// of x begin.
+constexpr uint packed_bytes(uint simdgroups, uint weight_rows, uint x_rows, uint slab, uint group) {
+  const uint scale_bytes = weight_rows * (slab / group) * 4;
+  return simdgroups * 2 * (weight_rows * slab / 2 + (scale_bytes + 15) / 16 * 16 + x_rows * (slab * 2 + 16));
+}
+constexpr uint packed_tile_bytes(uint x_rows, uint group) {
+  return packed_bytes(GEMM_SIMDGROUPS, PACKED_TILE_N, x_rows, PACKED_TILE_SLAB, group) + x_rows * 8;
+}
+/// Whether tiles of `x_rows` rows can be packed where a threadgroup may have `limit` bytes.
+constexpr bool packs_tile(uint x_rows, uint group, uint limit) {
+  return x_rows <= PACKED_ROW_TILE && packed_tile_bytes(x_rows, group) <= limit;
+}
+constexpr uint packed_down_decode_bytes(uint group) {
+  return packed_bytes(DOWN_DECODE_SIMDGROUPS, PACKED_DECODE_COLUMNS, 1, PACKED_DECODE_SLAB, group) +
+         PACKED_SLOTS * PACKED_SLOT_BYTES;
+}
+
 // `simd` and vectorised loads need rows that start at multiples of this many bytes.
 SHARED_CONSTANT uint VECTOR_BYTES = 16;
 

@@ -5,6 +5,7 @@
 #include "gate_up.h"
 #include "gemm_quantized.h"
 #include "gemv_quantized.h"
+#include "packed_product.h"
 
 /// A projection of the routed and of the shared experts.
 struct GateUpParts {
@@ -83,6 +84,35 @@ inline void gate_up_quantized_gemv(thread const Source& rows, uint count, thread
     for_quantized_row_runs<MAX_ROWS>(block, column, count);
 }
 
+#ifdef METAL_SIM_CUDA
+/// What both matrices are stored as, where that is the same; else 0.
+template <bool GATED>
+constexpr uint GATE_UP_CODE = !GATED || FIRST_MATRIX == SECOND_MATRIX ? FIRST_MATRIX : 0;
+
+/// Whether it has done what gate_up_quantized_decode does.
+template <typename T, bool GATED>
+inline bool gate_up_packed_decode(thread const OneRow<T>& rows, thread const GateUpParts& gate,
+                                  thread const GateUpParts& up, device const T* bias, uint expert, device T* h,
+                                  uint first_column, constant ExpertsArgs& args, uint simdgroup, uint lane) {
+  constexpr uint MATRICES = GATED ? 2 : 1, CODE = GATE_UP_CODE<GATED>;
+  if constexpr (code_is_packed(CODE, sizeof(T))) {
+    const bool is_routed = expert < args.experts;
+    const uint intermediate = is_routed ? args.intermediate : args.shared_intermediate;
+    if (first_column >= intermediate)
+      return true;
+    QuantizedMatrix matrices[MATRICES];
+    matrices[0] = gate.of(expert, args.experts, CODE);
+    if (GATED)
+      matrices[MATRICES - 1] = up.of(expert, args.experts, CODE);
+    device const T* b = is_routed && args.has_bias ? bias + ulong(expert) * MATRICES * args.intermediate : nullptr;
+    const GateUpStore<T, GATED, OneRow<T>> store{rows, h, b, 1, first_column, intermediate, args};
+    return multiply_packed_row<CODE>(rows.row, matrices, first_column, intermediate, args.hidden, store, simdgroup,
+                                     lane);
+  }
+  return false;
+}
+#endif
+
 template <typename T, bool GATED>
 [[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void gate_up_quantized_decode(
     device const T* x [[buffer(0)]], device const uchar* gate_codes [[buffer(1)]],
@@ -111,6 +141,11 @@ template <typename T, bool GATED>
                        {shared_up_codes, shared_up_scales, shared_up_biases, shared_up_table}};
   const OneRow<T> rows{x + ulong(token) * args.x_row_stride};
   device T* to = h + (ulong(token) * slots + slot) * args.h_row_stride;
+#ifdef METAL_SIM_CUDA
+  if (gate_up_packed_decode<T, GATED>(rows, gate, up, bias, expert, to, group.x * PACKED_DECODE_COLUMNS, args,
+                                      simdgroup, lane))
+    return;
+#endif
   gate_up_quantized_gemv<1, T, GATED>(rows, 1, gate, up, bias, expert, to, group.x * QUANTIZED_THREADGROUP_COLUMNS,
                                       args, simdgroup, lane);
 }
@@ -162,7 +197,12 @@ template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
   constexpr uint MATRICES = GATED ? 2 : 1;
   using Tile = GemmTile<T, float, MATRICES, ROW_TILE, TILE_N, true>;
   const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, group.x, lane);
-  const uint first_column = group.y * Tile::COLUMNS;
+#ifdef METAL_SIM_CUDA
+  constexpr bool PACKED = is_packed_tile(GATE_UP_CODE<GATED>, sizeof(T), ROW_TILE);
+#else
+  constexpr bool PACKED = false;
+#endif
+  const uint first_column = group.y * (PACKED ? PACKED_TILE_N / MATRICES : Tile::COLUMNS);
   const bool is_routed = tile.expert < args.experts;
   const uint intermediate = is_routed ? args.intermediate : args.shared_intermediate;
   if (tile.count == 0 || first_column >= intermediate)
@@ -182,13 +222,17 @@ template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
   weights.thread_index = simdgroup * SIMD_WIDTH + lane;
 
   const GatheredRows<T, ROW_TILE> rows{x, sorted_rows + tile.first, args.top_k + args.shared, args.x_row_stride, tile};
-  Tile product;
-  product.multiply_decoded(rows, tile.count, weights, args.hidden, memory, simdgroup, lane,
-                           whole_vectors<T>(args.hidden));
-
   device const T* b = is_routed && args.has_bias ? bias + ulong(tile.expert) * MATRICES * args.intermediate : nullptr;
   const GateUpStore<T, GATED, GatheredRows<T, ROW_TILE>> store{
       rows, h + ulong(tile.first) * args.h_row_stride, b, tile.count, first_column, intermediate, args};
+#ifdef METAL_SIM_CUDA
+  if (multiply_packed_tile<GATE_UP_CODE<GATED>, T, ROW_TILE>(rows, tile.count, weights.matrices, first_column,
+                                                             intermediate, args.hidden, store, memory, simdgroup, lane))
+    return;
+#endif
+  Tile product;
+  product.multiply_decoded(rows, tile.count, weights, args.hidden, memory, simdgroup, lane,
+                           whole_vectors<T>(args.hidden));
   product.for_each_pair(store, memory, simdgroup, lane);
 }
 

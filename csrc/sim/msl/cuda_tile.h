@@ -26,6 +26,19 @@ METAL_FUNC void copy_wait() {
 #endif
 }
 
+/// Up to BYTES bytes, of which `count` are there; the rest are zeros. Both addresses multiples of BYTES.
+template <uint BYTES>
+METAL_FUNC void copy_async_part(void* to, const void* from, uint count) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES),
+               "r"(count)
+               : "memory");
+}
+/// copy_wait for what the same warp reads, with ordinary loads.
+template <uint PENDING>
+METAL_FUNC void copy_wait_own() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 template <typename T>
 struct SwizzledRows {
   static constexpr uint ROW_BYTES = 128, ELEMENTS = ROW_BYTES / sizeof(T), PIECE = 16 / sizeof(T);
@@ -57,6 +70,25 @@ METAL_FUNC void load_matrices(uint32_t (&to)[2], uint32_t address) {
 METAL_SIM_MMA(half, "f16")
 METAL_SIM_MMA(bfloat, "bf16")
 #undef METAL_SIM_MMA
+
+// sum = a b.
+#define METAL_SIM_FIRST_MMA(TYPE, NAME)                                                                                \
+  METAL_FUNC void multiply_fragments(TYPE, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {        \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "    \
+                 "{%8, %9}, {%10, %10, %10, %10};"                                                                     \
+                 : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));                           \
+  }
+METAL_SIM_FIRST_MMA(half, "f16")
+METAL_SIM_FIRST_MMA(bfloat, "bf16")
+#undef METAL_SIM_FIRST_MMA
+
+/// a & b | c, one instruction whatever the compiler knows of b.
+METAL_FUNC uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
 
 /// sum += the fp16 sum of 16 products.
 METAL_FUNC void multiply_add_fp16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
