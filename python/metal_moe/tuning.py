@@ -33,12 +33,13 @@ UNLIMITED = 2**32 - 1
 THRESHOLDS = ("decode_tokens", "prefill4_tokens", "base_tokens")
 
 # Up to how many multiply-adds our kernel runs where `metal-moe tune` has measured nothing: 64 x 256 by 256 x 256. A
-# guess at where a GPU begins to take longer to compute than to launch, measured on none.
+# guess at where a GPU begins to take longer to compute than to launch.
 DEFAULT_LIMIT = 64 * 256 * 256
-# bench/linear.py on x86-64-v3 (AVX2), the only processors that it has run on: in fp32 PyTorch's library is faster at
-# every size. In 16 bits, which it has no instructions for there, ours is as fast at 64 x 64 and faster at all larger
-# sizes, far beyond DEFAULT_LIMIT too; where there are such instructions (AVX-512, AMX), nobody has measured.
-DEFAULT_LIMITS = {("native", torch.float32): 0}
+# bench/linear.py in fp32: PyTorch's library is faster at every size, on an H200 and on x86-64-v3 (AVX2), the only
+# processors that it has run on. In 16 bits, which the latter has no instructions for, ours is as fast at 64 x 64 there
+# and faster at all larger sizes, far beyond DEFAULT_LIMIT too; with such instructions (AVX-512, AMX) nobody has
+# measured.
+DEFAULT_LIMITS = {("native", torch.float32): 0, ("cuda", torch.float32): 0}
 
 
 class LayerRecord(TypedDict, total=False):
