@@ -87,8 +87,8 @@ SHARED_CONSTANT uint PACKED_DECODE_SLAB = 256;
 SHARED_CONSTANT uint PACKED_TILE_SLAB = 128;
 /// Rows of x that a tile has at most.
 SHARED_CONSTANT uint PACKED_ROW_TILE = 16;
-/// Mean rows per expert up to which such tiles are faster than larger ones whose weights are decoded to threadgroup
-/// memory.
+/// Mean rows per expert up to which such tiles stand in for larger ones, whose weights are decoded to threadgroup
+/// memory; measured up to 8.
 SHARED_CONSTANT uint PACKED_MEAN_ROWS = 64;
 /// Slots of a token that `down` takes at a time.
 SHARED_CONSTANT uint PACKED_SLOTS = 32; // 32: entries of a table
