@@ -115,7 +115,8 @@ std::shared_ptr<const ExpertsPacking> find_packing(const ExpertsCall& call) {
 std::shared_ptr<const ExpertsPacking> packing_of(const ExpertsCall& call) {
   const Signature signature(call);
   if (signature.valid())
-    if (const auto found = packings().find(signature.bytes()); found != packings().end())
+    if (const auto found = packings().find(signature.bytes());
+        found != packings().end() && found->second->codes == call.layer.codes())
       return found->second;
   auto packing = std::make_shared<const ExpertsPacking>(
       call.routed ? pack_routed_experts(*call.engine, call.x, call.layer, call.top_k)
@@ -125,7 +126,7 @@ std::shared_ptr<const ExpertsPacking> packing_of(const ExpertsCall& call) {
     // Prompts of all lengths have signatures of their own. Those in use are back after one call each.
     if (packings().size() >= MAX_PACKINGS)
       packings().clear();
-    packings().emplace(signature.bytes(), packing);
+    packings().insert_or_assign(std::string(signature.bytes()), packing);
   }
   return packing;
 }

@@ -36,7 +36,8 @@ std::shared_ptr<const ExpertsPacking> packing_of(const ExpertsCall& call);
 constexpr size_t MAX_PACKINGS = 512;
 
 /// The packing that an earlier call like this one made, or null. `call` need not have been checked, nor do its tensors
-/// need buffers. Shapes of quantised weights are not part of a packing: the caller compares them.
+/// need buffers. The caller compares shapes of quantised weights, which are not part of a packing, and the codes: where
+/// they differ, packing_of has the call's own.
 std::shared_ptr<const ExpertsPacking> find_packing(const ExpertsCall& call);
 
 /// Packings kept now.

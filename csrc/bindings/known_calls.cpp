@@ -355,7 +355,7 @@ public:
     read(reader, call, forms);
     if (reader.failed() || !(call.engine = engine_of(reader.device())))
       return py::none();
-    const std::shared_ptr<const ExpertsPacking> packing = find_packing(call);
+    std::shared_ptr<const ExpertsPacking> packing = find_packing(call);
     if (!packing || packing->plan.shape.tokens == 0)
       return py::none();
 
@@ -390,6 +390,8 @@ public:
       locate(given_at_.weights, "topk_weights", call.weights);
       locate(given_at_.ids, "topk_ids", call.ids);
     }
+    if (packing->codes != call.layer.codes())
+      packing = packing_of(call);
     py::object out = empty_like(values[at_.x]);
     // Beside the arguments: quantised weights may be given other parts while the call runs.
     std::array<PyObject*, MAX_PARAMETERS + 6> kept;

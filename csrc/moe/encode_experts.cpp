@@ -124,6 +124,7 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
                         : layer.trellis() ? select_trellis_family(tuning, shape.tokens, assignments, shape.experts)
                                           : select_family(tuning, shape.tokens, assignments);
   ExpertsPacking packing{};
+  packing.codes = layer.codes();
   if (shape.tokens == 0)
     return packing;
   if (tuning.packed_products) {

@@ -5,6 +5,7 @@
 #include "engine.h"
 #include "plan.h"
 
+#include <array>
 #include <optional>
 
 namespace metal_moe {
@@ -49,6 +50,8 @@ struct ExpertsLayer {
 
   /// Whether both products have trellis weights.
   bool trellis() const { return trellis_gate_up && trellis_down; }
+  /// What the kernels of gate, up and down may be compiled for.
+  std::array<uint32_t, 3> codes() const { return {gate.code, up.code, down.code}; }
 };
 
 /// Kernels read codes, scales and biases in vectors: std::invalid_argument naming `argument` where one of the part's
@@ -70,6 +73,8 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const TensorView& 
 struct ExpertsPacking {
   ExpertsPlan plan; // of 0 tokens: nothing to encode
   ExpertsArgs args; // without what differs between the dispatches
+  /// ExpertsLayer::codes, which decide about grids: a layer with others has a packing of its own.
+  std::array<uint32_t, 3> codes;
 };
 
 /// std::invalid_argument as encode_experts.

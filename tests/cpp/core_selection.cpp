@@ -208,6 +208,28 @@ TEST(Plan, EveryVariantFitsTheThreadgroupMemoryOfEveryDevice) {
     }
 }
 
+TEST(Plan, PackedProductsHaveGridsOfTheirOwn) {
+  LayerShape shape = glm();
+  shape.quantized_gate_up_bytes = shape.quantized_down_bytes = 1;
+  shape.packed_gate_up_group = 64;
+  const auto plan = [&](Family family, uint32_t threadgroup_bytes) {
+    Tuning tuning;
+    tuning.threadgroup_bytes = threadgroup_bytes;
+    return plan_experts(tuning, family, shape, true);
+  };
+  const ExpertsPlan base = plan(Family::Base, 100 << 10);
+  EXPECT_EQ(base.gate_up_blocks, 49u); // 1540 columns, 32 of gate and 32 of up in a threadgroup
+  EXPECT_EQ(base.gate_up_bytes, packed_tile_bytes(8, 64));
+  EXPECT_EQ(base.down_blocks, 2048u / BASE_TILE_N);
+  EXPECT_LT(base.down_bytes, base.gate_up_bytes);
+  shape.packed_down_group = 32;
+  EXPECT_EQ(plan(Family::LargeBatch, 100 << 10).down_blocks, 2048u / PACKED_TILE_N);
+  EXPECT_EQ(plan(Family::LargeBatch, 100 << 10).down_bytes, packed_tile_bytes(16, 32));
+  EXPECT_EQ(plan(Family::Decode, 48 << 10).down_bytes, packed_down_decode_bytes(32));
+  EXPECT_EQ(plan(Family::LargeBatch, 48 << 10).down_blocks, 2048u / LARGE_BATCH_TILE_N) << "they do not fit";
+  EXPECT_LE(plan(Family::LargeBatch, 48 << 10).down_bytes, 48u << 10);
+}
+
 TEST(Plan, RowTilesComeFromTheIdsWhereEachAssignmentHasALane) {
   const auto from_ids = [](const Tuning& tuning, Family family, uint32_t tokens, uint32_t experts) {
     LayerShape shape = glm(); // 5 assignments per token
