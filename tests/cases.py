@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,6 +226,26 @@ def check(layer: Layer, **overrides: Any) -> torch.Tensor:
     assert out.dtype == layer.hidden_states.dtype
     assert_close(out, layer.reference(), f"{layer} {overrides}")
     return out
+
+
+def check_in_threads(runs: list[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+    """Results of `runs`, after four threads have called them in turn, 200 times each, and had the same, bit for bit."""
+    expected = [run() for run in runs]
+    wrong = []
+
+    def work(start: int) -> None:
+        for i in range(200):
+            which = (start + i) % len(runs)
+            if not torch.equal(runs[which](), expected[which]):
+                wrong.append((start, i))
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    return expected
 
 
 _PRELUDE = """\

@@ -1,7 +1,5 @@
 """Calls like an earlier one skip the checks (csrc/bindings/known_calls.cpp): with the same results, and only those."""
 
-import threading
-
 import cases
 import metal_moe
 import pytest
@@ -283,23 +281,9 @@ def test_threads_with_layers_of_their_own():
         make_layer(5, 40, 24, 4, 3, torch.bfloat16, seed=3, shared=1),
         make_layer(1, H, WIDTH, E, K, seed=4, kernel="moe_base"),
     ]
-    expected = [layer.run() for layer in layers]
-    for layer, result in zip(layers, expected, strict=True):
+    results = cases.check_in_threads([layer.run for layer in layers])
+    for layer, result in zip(layers, results, strict=True):
         assert_close(result, layer.reference(), f"{layer}")
-    wrong = []
-
-    def work(start):
-        for i in range(200):
-            which = (start + i) % len(layers)
-            if not torch.equal(layers[which].run(), expected[which]):
-                wrong.append((start, i))
-
-    threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
 
 
 def test_few_calls_are_remembered(checks):

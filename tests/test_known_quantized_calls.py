@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import threading
 import weakref
 
 import cases
@@ -316,18 +315,4 @@ def test_what_a_batch_reads_stays():
 def test_threads_with_weights_of_their_own():
     all_calls = [make_calls(3, name) for name in ("affine", "mxfp4", "dense", "affine")]
     all_calls[3].w1.bias = torch.randn(E, 2 * WIDTH).to(cases.DEVICE)
-    expected = [calls.fused_experts() for calls in all_calls]
-    wrong = []
-
-    def work(start: int) -> None:
-        for i in range(200):
-            which = (start + i) % len(all_calls)
-            if not torch.equal(all_calls[which].fused_experts(), expected[which]):
-                wrong.append((start, i))
-
-    threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    cases.check_in_threads([calls.fused_experts for calls in all_calls])

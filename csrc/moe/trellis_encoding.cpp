@@ -105,19 +105,23 @@ TrellisEncoding::Sums TrellisEncoding::gate_up_decode() {
   return h;
 }
 
-TrellisEncoding::Sums TrellisEncoding::down_decode(const Sums& h) {
-  const Pipeline& pipeline = engine_.pipeline(TRELLIS_DOWN_DECODE_KERNEL, {{layer_.down.code}});
-  const Slices cut = slices(pipeline, args_.intermediate, args_.hidden, 1);
-  const Sums y{stream_.scratch(cut.count * row_bytes(args_.hidden, 1)), cut.count};
-  record_codes(pipeline, true);
-  stream_.use(pipeline);
-  stream_.bind(0, h.view);
+void TrellisEncoding::bind_gate_up_sums(const Sums& sums) {
+  stream_.bind(0, sums.view);
   stream_.bind(1, ids_.view);
   stream_.bind(2, or_any(layer_.bias1));
   stream_.bind(3, layer_.gate.biases.view());
   stream_.bind(4, layer_.gate.table.view());
   stream_.bind(5, up_or_gate().biases.view());
   stream_.bind(6, up_or_gate().table.view());
+}
+
+TrellisEncoding::Sums TrellisEncoding::down_decode(const Sums& h) {
+  const Pipeline& pipeline = engine_.pipeline(TRELLIS_DOWN_DECODE_KERNEL, {{layer_.down.code}});
+  const Slices cut = slices(pipeline, args_.intermediate, args_.hidden, 1);
+  const Sums y{stream_.scratch(cut.count * row_bytes(args_.hidden, 1)), cut.count};
+  record_codes(pipeline, true);
+  stream_.use(pipeline);
+  bind_gate_up_sums(h);
   stream_.bind(7, layer_.down.codes.view());
   stream_.bind(8, layer_.down.scales.view());
   stream_.bind(9, layer_.down.table.view());
@@ -187,13 +191,7 @@ BufferView TrellisEncoding::rotate_activations(const Sums& h) {
   const BufferView rotated = stream_.scratch(row_bytes(args_.intermediate, 1));
   const Pipeline& pipeline = engine_.pipeline(ROTATE_ACTIVATIONS_KERNEL);
   stream_.use(pipeline);
-  stream_.bind(0, h.view);
-  stream_.bind(1, ids_.view);
-  stream_.bind(2, or_any(layer_.bias1));
-  stream_.bind(3, layer_.gate.biases.view());
-  stream_.bind(4, layer_.gate.table.view());
-  stream_.bind(5, up_or_gate().biases.view());
-  stream_.bind(6, up_or_gate().table.view());
+  bind_gate_up_sums(h);
   stream_.bind(7, layer_.down.scales.view());
   stream_.bind(8, layer_.down.table.view());
   stream_.bind(9, rotated);
@@ -222,13 +220,7 @@ void TrellisEncoding::rotate_outputs(const Sums& y) {
 void TrellisEncoding::unrotate_activations(const Sums& sums, const BufferView& inverse, const BufferView& h) {
   const Pipeline& pipeline = engine_.pipeline(UNROTATE_ACTIVATIONS_KERNEL);
   stream_.use(pipeline);
-  stream_.bind(0, sums.view);
-  stream_.bind(1, ids_.view);
-  stream_.bind(2, or_any(layer_.bias1));
-  stream_.bind(3, layer_.gate.biases.view());
-  stream_.bind(4, layer_.gate.table.view());
-  stream_.bind(5, up_or_gate().biases.view());
-  stream_.bind(6, up_or_gate().table.view());
+  bind_gate_up_sums(sums);
   stream_.bind(7, inverse ? inverse : ids_.view);
   stream_.bind(8, h);
   stream_.bind_value(9, RotateBetweenArgs{sliced(sums.slices), h_row_stride_, bool(inverse)});

@@ -50,6 +50,8 @@ private:
   BufferView product(const GroupTables& tables, uint32_t row_tile, const QuantizedPart& first,
                      const QuantizedPart& second, uint32_t count, uint32_t inputs, uint32_t outputs,
                      const BufferView& from);
+  /// Buffers 0 to 6 of the kernels that take activations from sums of gate and up.
+  void bind_gate_up_sums(const Sums& sums);
   /// The dispatch of a kernel whose arguments are bound.
   void rotate(const Pipeline& pipeline, uint32_t columns, uint32_t count, size_t bytes);
   /// What the pipeline of a product was compiled for.
