@@ -474,3 +474,33 @@ def test_the_operator_under_opcheck_and_in_a_compiled_graph(use_engine):
 
     with_container = torch.compile(layer_function, backend="aot_eager")
     assert torch.equal(with_container(layer.hidden_states, layer.topk_weights, layer.topk_ids), expected)
+
+
+COMPILED = {
+    "affine": ({"group_size": 32}, {"group_size": 32}, False),
+    "pair": ({"bits": {"gate": 6, "up": 2}, "group_size": 32}, {"format": "mxfp8"}, False),
+    "interleaved": ({"format": "mxfp4"}, {"format": "nvfp4"}, True),
+    "trellis": ({"format": "trellis", "bits": {"gate": 1, "up": 6}}, {"format": "trellis", "bits": 8}, False),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_torch_compile(kind):
+    """In one graph, of weights that no call has seen yet, and of others that the same function gets afterwards."""
+    settings1, settings2, interleaved = COMPILED[kind]
+    torch.compiler.reset()
+    layer = make_layer(3, 128, 128, 3, 2, torch.float32, interleaved=interleaved)
+
+    def run(w1, w2):
+        arguments = (layer.hidden_states, w1, w2, layer.topk_weights, layer.topk_ids)
+        return 2 * metal_moe.fused_experts(*arguments, interleaved=interleaved)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    results = []
+    for factor in (1, 3):
+        w1, w2 = quantized(layer.w1, **settings1), quantized(factor * layer.w2, **settings2)
+        results.append(compiled(w1, w2))
+        assert torch.equal(results[-1], run(w1, w2))
+    assert not torch.equal(*results)
+    w2.parts["weight"] = quantized(layer.w2, **settings2).parts["weight"]
+    assert torch.equal(compiled(w1, w2), results[0]), "parts that replace others"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import _core
 from ._validate import QuantizedShape, check_shared, check_weights, wrong_type, wrong_value
@@ -139,22 +140,41 @@ def _flat(
         return dense_buffers(weights, 2 if pair else 1, interleaved), list(weights.shape)
     if not pair and len(weights.parts) == 2:
         wrong_value(op, name, "a pair of gate and up", "one matrix per expert")
-    # Taking gate and up apart checks every record again: once per layer is enough.
+    if is_compiling():
+        # A trace does not have the records' values. What it then finds is guarded like any other object.
+        weights.untraced(_make_form, op, name, pair, interleaved, trellis)
+    form = _known_form(weights, pair, interleaved)
+    if form is None:
+        _make_form(weights, op, name, pair, interleaved, trellis)
+        form = weights.kernel_forms[pair, interleaved]
+    return form.buffers, list(weights.shape)
+
+
+def _known_form(weights: QuantizedExperts, pair: bool, interleaved: bool) -> KernelForm | None:
+    """What an earlier call has made of the weights, if it was of the parts that they have now."""
     form = weights.kernel_forms.get((pair, interleaved))
     parts = tuple(weights.parts.values())
     if form is None or len(form.parts) != len(parts) or any(a is not b for a, b in zip(form.parts, parts, strict=True)):
-        now = QuantizedExperts(weights.parts, weights.bias).shape
-        if now != weights.shape:
-            wrong_value(op, name, f"of parts that were replaced by those of {tuple(now)}", tuple(weights.shape))
-        if pair and weights.shape[1] % 2:
-            wrong_value(op, name, f"of shape {tuple(weights.shape)}", "of an even number of rows, gate and up")
-        of_weights = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
-        for part in of_weights:
-            _check_formats(op, name, part, trellis)
-        buffers = [tensor for part in of_weights for tensor in (part.codes, part.scales, part.biases, part.table)]
-        form = KernelForm(parts, tuple(now), buffers, [_matrix_code(part) for part in of_weights], trellis)
-        weights.kernel_forms[pair, interleaved] = form
-    return form.buffers, list(weights.shape)
+        return None
+    return form
+
+
+def _make_form(weights: QuantizedExperts, op: str, name: str, pair: bool, interleaved: bool, trellis: bool) -> None:
+    # Taking gate and up apart checks every record again: once per layer is enough.
+    if _known_form(weights, pair, interleaved) is not None:
+        return
+    now = QuantizedExperts(weights.parts, weights.bias).shape
+    if now != weights.shape:
+        wrong_value(op, name, f"of parts that were replaced by those of {tuple(now)}", tuple(weights.shape))
+    if pair and weights.shape[1] % 2:
+        wrong_value(op, name, f"of shape {tuple(weights.shape)}", "of an even number of rows, gate and up")
+    of_weights = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
+    for part in of_weights:
+        _check_formats(op, name, part, trellis)
+    buffers = [tensor for part in of_weights for tensor in (part.codes, part.scales, part.biases, part.table)]
+    codes = [_matrix_code(part) for part in of_weights]
+    parts = tuple(weights.parts.values())
+    weights.kernel_forms[pair, interleaved] = KernelForm(parts, tuple(now), buffers, codes, trellis)
 
 
 def _codes(

@@ -273,6 +273,13 @@ class QuantizedExperts:
             raise ValueError("QuantizedExperts.cat: some have a bias; all must have one or none")
         return cls(parts, None if biases[0] is None else torch.cat(biases))
 
+    def untraced(self, function: Callable[..., None], *arguments: object) -> None:
+        """function(self, *arguments), which torch.compile runs as it traces the caller, and does not look into."""
+        function(self, *arguments)
+
+    # What torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes seconds.
+    untraced._dynamo_marked_constant = True
+
     # -------------------------------------------------------------------------------------------------------- reading
 
     @property
