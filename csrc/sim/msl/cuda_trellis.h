@@ -10,7 +10,10 @@
 // times 2^11, both scaled by a power of two. Together they have 22 bits. Weights are fp16 as they are. Sums are fp32.
 #pragma once
 
-#include "simdgroup_cuda.h"
+// A test on a processor brings the words of its own.
+#ifndef METAL_SIM_TEST_WARPS
+#include "cuda_trellis_instructions.h"
+#endif
 
 namespace metal_sim {
 
@@ -40,11 +43,11 @@ struct TrellisCodes {
     } else if constexpr (HALF_BITS % 4 == 0) {
 #pragma unroll
       for (uint i = 0; i < WORDS; i += 2)
-        asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(word[i]), "=r"(word[i + 1]) : "l"(from + i));
+        load_words(from + i, word[i], word[i + 1]);
     } else {
 #pragma unroll
       for (uint i = 0; i < WORDS; ++i)
-        asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word[i]) : "l"(from + i));
+        load_words(from + i, word[i]);
     }
   }
 
@@ -114,65 +117,81 @@ METAL_FUNC uint32_t trellis_state_twice(const uint32_t (&stream)[COUNT]) {
     return __byte_perm(early, shifted(WORD + 1), 0x0707);
 }
 
-/// The mask of 3INST and MCG in a register: as a constant the compiler would make it anew for each value.
-struct TrellisMask {
-  uint32_t bits = __activemask() & 0x8FFF8FFFu; // all lanes take part, which the compiler does not know
+/// A constant in a register: the compiler would make it anew for each use. All lanes take part, which it does not know.
+METAL_FUNC uint32_t trellis_constant(uint32_t bits) { return __activemask() & bits; }
+
+/// States to the fp16 values of a codebook. All lanes must take part.
+template <uint CODEBOOK>
+struct TrellisValues {
+  /// The codebook's factor over 2^16 + 1, modulo 2^32: for states that stand in both halves of a word.
+  static constexpr uint32_t FACTOR = CODEBOOK == CUDA_TRELLIS_3INST ? 0x88DF7C72u : 0xABBF1FEDu;
+  static constexpr uint32_t ADDEND = CODEBOOK == CUDA_TRELLIS_3INST ? 64248484u : 0u;
+  uint32_t mask = trellis_constant(0x8FFF8FFFu);
+
+  METAL_FUNC explicit TrellisValues(uint) {}
+
+  METAL_FUNC uint32_t halves(uint32_t state) const { return ((state * FACTOR + ADDEND) & mask) ^ 0x3B603B60u; }
+
+  /// value[i]: a pair, of states 2i and 2i + 1.
+  METAL_FUNC void operator()(const uint32_t (&state)[8], uint32_t (&value)[4]) const {
+#pragma unroll
+    for (uint i = 0; i < 4; ++i)
+      value[i] = add_halves(halves(state[2 * i]), halves(state[2 * i + 1]));
+  }
 };
 
-/// Values of two states, each twice in its word, as a pair of fp16.
-template <uint CODEBOOK>
-METAL_FUNC uint32_t trellis_pair(uint32_t first, uint32_t second, TrellisMask mask) {
-  // The codebook's factor over 2^16 + 1, modulo 2^32.
-  constexpr uint32_t FACTOR = CODEBOOK == CUDA_TRELLIS_3INST ? 0x88DF7C72u
-                              : CODEBOOK == CUDA_TRELLIS_MCG ? 0xABBF1FEDu
-                                                             : 0xB2AFD12Du;
-  uint32_t value;
-  if constexpr (CODEBOOK == CUDA_TRELLIS_MUL1) {
-    // fp16 1024 + the sum of the product's four bytes, times 887 / 2^17, minus 10.3828125.
-    const uint32_t low = __dp4a(first * FACTOR, 0x01010101u, 0x6400u);
-    const uint32_t high = __dp4a(second * FACTOR, 0x01010101u, 0x6400u);
-    asm("fma.rn.f16x2 %0, %1, %2, %3;"
-        : "=r"(value)
-        : "r"(__byte_perm(low, high, 0x5410)), "r"(0x1EEE1EEEu), "r"(0xC931C931u));
-  } else {
-    constexpr uint32_t ADDEND = CODEBOOK == CUDA_TRELLIS_3INST ? 64248484u : 0u;
-    const uint32_t low = ((first * FACTOR + ADDEND) & mask.bits) ^ 0x3B603B60u;
-    const uint32_t high = ((second * FACTOR + ADDEND) & mask.bits) ^ 0x3B603B60u;
-    asm("{.reg .f16 a, b, c, d;\n\t"
-        "mov.b32 {a, b}, %1;\n\t"
-        "mov.b32 {c, d}, %2;\n\t"
-        "add.rn.f16 a, a, b;\n\t"
-        "add.rn.f16 c, c, d;\n\t"
-        "mov.b32 %0, {a, c};}"
-        : "=r"(value)
-        : "r"(low), "r"(high));
-  }
-  return value;
-}
+/// fp16 1024 + the sum of the product's four bytes, times 887 / 2^17, minus 10.3828125. Tensor cores make the sums:
+/// lane (g, q) has columns 4q to 4q + 3 and 16 + 4q to 16 + 4q + 3 of rows g and g + 8 of a matrix of bytes, four
+/// words, and of the product elements 2q and 2q + 1 of these rows. Of the other factor it has the same rows of column
+/// g.
+template <>
+struct TrellisValues<CUDA_TRELLIS_MUL1> {
+  static constexpr uint32_t FACTOR = 0xB2AFD12Du;
+  /// Twos where an even element is the sum of four columns, and an odd one.
+  uint32_t even, odd;
+  uint32_t high = trellis_constant(0x7AEE0000u); // fp16 0 and 887 * 2^6
 
-METAL_FUNC void multiply_add_trellis(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+  METAL_FUNC explicit TrellisValues(uint lane)
+      : even(lane / 4 == lane % 4 * 2 ? trellis_constant(0x02020202u) : 0u),
+        odd(lane / 4 == lane % 4 * 2 + 1 ? trellis_constant(0x02020202u) : 0u) {}
+
+  /// Of twice the sums. An integer below 2048 has the bits of the fp16 of as many times 2^-24, so 887 / 2^18 times it
+  /// is 887 * 2^6 times that; 1024 of the addend are of the product. The second value goes to the high half, then the
+  /// first below it.
+  METAL_FUNC uint32_t pair(uint32_t first, uint32_t second) const {
+    return multiply_add_halves<false>(first, 0x00007AEEu, multiply_add_halves<true>(second, high, 0xC2E8C2E8u));
+  }
+
+  /// value[i]: a pair, of states 2i and 2i + 1.
+  METAL_FUNC void operator()(const uint32_t (&state)[8], uint32_t (&value)[4]) const {
+#pragma unroll
+    for (uint i = 0; i < 8; i += 4) {
+      // Rows g and g + 8 take turns: products of states i and i + 2 are row g's.
+      const uint32_t word[4] = {state[i] * FACTOR, state[i + 2] * FACTOR, state[i + 1] * FACTOR, state[i + 3] * FACTOR};
+      uint32_t twice[4];
+      multiply_bytes(twice, word, even, odd);
+      value[i / 2] = pair(twice[0], twice[1]);
+      value[i / 2 + 1] = pair(twice[2], twice[3]);
+    }
+  }
+};
 
 /// sum += runs RUN to 3 of a lane's columns times x, the lane's eight words: inputs 2j, 2j + 1 and 2j + 8, 2j + 9 of
 /// its tile in words 2j and 2j + 1.
 template <uint HALF_BITS, uint CODEBOOK, uint RUN = 0, uint COUNT>
 METAL_FUNC void trellis_multiply_add(float (&sum)[4], const uint32_t (&stream)[COUNT], const uint32_t (&x)[8],
-                                     TrellisMask mask) {
-  uint32_t state[8] = {
+                                     const TrellisValues<CODEBOOK>& values) {
+  const uint32_t state[8] = {
       trellis_state_twice<HALF_BITS, 8 * RUN>(stream),     trellis_state_twice<HALF_BITS, 8 * RUN + 1>(stream),
       trellis_state_twice<HALF_BITS, 8 * RUN + 2>(stream), trellis_state_twice<HALF_BITS, 8 * RUN + 3>(stream),
       trellis_state_twice<HALF_BITS, 8 * RUN + 4>(stream), trellis_state_twice<HALF_BITS, 8 * RUN + 5>(stream),
       trellis_state_twice<HALF_BITS, 8 * RUN + 6>(stream), trellis_state_twice<HALF_BITS, 8 * RUN + 7>(stream)};
-  const uint32_t a[4] = {
-      trellis_pair<CODEBOOK>(state[0], state[1], mask), trellis_pair<CODEBOOK>(state[4], state[5], mask),
-      trellis_pair<CODEBOOK>(state[2], state[3], mask), trellis_pair<CODEBOOK>(state[6], state[7], mask)};
-  multiply_add_trellis(sum, a, x[2 * RUN], x[2 * RUN + 1]);
+  uint32_t value[4];
+  values(state, value);
+  const uint32_t a[4] = {value[0], value[2], value[1], value[3]}; // output g + 8 is of the last four
+  multiply_add_fragments(half{}, sum, a, x[2 * RUN], x[2 * RUN + 1]);
   if constexpr (RUN < 3)
-    trellis_multiply_add<HALF_BITS, CODEBOOK, RUN + 1>(sum, stream, x, mask);
+    trellis_multiply_add<HALF_BITS, CODEBOOK, RUN + 1>(sum, stream, x, values);
 }
 
 /// A row of x in shared memory, as the second factor: RotatedRow of moe/rotated_row.h. 16 bytes (step, part, q,
@@ -217,7 +236,7 @@ struct CudaRotatedRow {
   METAL_FUNC void multiply(const uint* codes, uint row_stride, uint blocks, uint lane, float (&sum)[TILES][2]) const {
     constexpr uint TILE_WORDS = 4 * HALF_BITS, WORDS = TrellisCodes<HALF_BITS>::WORDS;
     const uint g = lane / 4, q = lane % 4;
-    const TrellisMask mask;
+    const TrellisValues<CODEBOOK> values(lane);
     const uint4* x = words + q * 2 + g % 2; // columns beyond the two are never looked at
     const uint* from = codes + size_t(q) * row_stride;
 #pragma unroll
@@ -250,7 +269,7 @@ struct CudaRotatedRow {
             ahead[s][i].load(from + s * size_t(4 * row_stride) + i * TILE_WORDS, g);
 #pragma unroll
         for (uint i = 0; i < TILES; ++i)
-          trellis_multiply_add<HALF_BITS, CODEBOOK>(part[i], stream[i], fragment, mask);
+          trellis_multiply_add<HALF_BITS, CODEBOOK>(part[i], stream[i], fragment, values);
       }
 #pragma unroll
       for (uint i = 0; i < TILES; ++i) {
