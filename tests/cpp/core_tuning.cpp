@@ -120,19 +120,23 @@ TEST(MoeEngine, TakesANewTableWhileOthersRead) {
 }
 
 TEST(MoeEngine, ANewOneIsAnnouncedOnce) {
-  static std::atomic<int> announced{0};
+  // Engines stay: one that no other test makes, in whatever order tests share a process.
+  static constexpr const char* name = "null";
+  const bool known = MoeEngine::find(name) != nullptr; // from an earlier round of this test
+  static std::atomic<int> announced;
+  announced = 0;
   MoeEngine::set_library_path(METAL_MOE_TEST_LIBRARY);
-  MoeEngine::on_new([](std::string_view name, MoeEngine& made) {
-    EXPECT_EQ(name, "exact");
-    EXPECT_EQ(&made, &MoeEngine::get("exact")) << "the handler may use it";
+  MoeEngine::on_new([](std::string_view made_name, MoeEngine& made) {
+    EXPECT_EQ(made_name, name);
+    EXPECT_EQ(&made, &MoeEngine::get(name)) << "the handler may use it";
     ++announced;
   });
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i)
-    callers.emplace_back([] { MoeEngine::get("exact"); });
+    callers.emplace_back([] { MoeEngine::get(name); });
   for (std::thread& caller : callers)
     caller.join();
-  EXPECT_EQ(announced, 1);
+  EXPECT_EQ(announced, known ? 0 : 1);
   MoeEngine::on_new({});
 }
 
