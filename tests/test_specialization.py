@@ -14,6 +14,7 @@ import torch
 from cases import ENGINES, FAMILIES, Layer, make_layer
 from metal_moe import QuantizedExperts
 from test_trellis_layer import layer as trellis_layer
+from test_trellis_layer import pair as trellis_pair
 from test_trellis_layer import run as run_trellis
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -105,11 +106,42 @@ def test_trellis(use_engine, engine, tokens, rates, codebook):
     bits = "_".join(f"{rate:g}" for rate in rates)
     family = "decode" if tokens == 1 else metal_moe.last_dispatch()["family"].removeprefix("moe_")
     assert specialization() == f"moe_trellis_swiglu_{family}_{bits}"
-    if tokens == 1 and all(isinstance(rate, int) for rate in rates):
+    if tokens == 1:
         assert specialization() == metal_moe.select_moe_kernel(1, True, *rates)[0]
     metal_moe.set_specialization(False)
     assert torch.equal(run_trellis(*arguments), specialized)
     assert specialization() == ""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_kernels_are_asked_for_by_their_names(use_engine, engine):
+    """What `select_moe_kernel` and `last_dispatch` call them, for a layer that has them."""
+    use_engine(engine)
+    x, gate_up, down, weights, ids = trellis_layer(128, 128, [[(bits, "mul1")] for bits in (6, 2, 3)], 2, torch.float32)
+    w1 = trellis_pair(gate_up)
+
+    def run(kernel: str | None) -> torch.Tensor:
+        return metal_moe.fused_experts(x, w1, down, weights, ids, kernel=kernel)
+
+    for tokens, acc, family in (
+        (1, False, "decode"),
+        (2, True, "prefill4"),
+        (17, False, "base"),
+        (33, False, "large_batch"),
+    ):
+        name, _ = metal_moe.select_moe_kernel(tokens, acc, 6, 2, 3)
+        got = run(name)
+        ran = metal_moe.last_dispatch()
+        assert (ran["family"], ran["chosen_by"]) == (f"moe_{family}_fp32acc", "kernel")
+        assert ran["specialization"].startswith(name) and ran["specialization"].endswith("_6_2_3")
+        assert torch.equal(got, run("moe_" + family)) and torch.equal(got, run(ran["specialization"]))
+    for name in ("moe_trellis_swiglu_decode_6_3_4", "moe_affine_swiglu_decode", "moe_trellis_geglu_decode_6_2_3"):
+        with pytest.raises(ValueError, match=f"kernel is '{name}': must be .* as 'moe_trellis_swiglu_decode_6_2_3'"):
+            run(name)
+    metal_moe.set_specialization(False)
+    with pytest.raises(ValueError, match="kernel is 'moe_trellis_swiglu_decode_6_2_3': must be one of"):
+        run("moe_trellis_swiglu_decode_6_2_3")
+    run("moe_trellis_swiglu_decode")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -174,8 +174,9 @@ def test_shared_experts_beside_mixed_layers():
     shared.options = {"activation": "silu"}
     w1, w2 = in_trellis(layer, "w1")
     layer.options["shared_w1"], layer.options["shared_w2"] = in_trellis(shared, "w2")
-    check(layer, w1, w2, kernel="moe_base")
-    assert metal_moe.last_dispatch()["family"] == "moe_base_fp32acc"
+    for kernel in ("moe_base", "moe_mixed_swiglu_fp32acc_6_2_4"):
+        check(layer, w1, w2, kernel=kernel)
+        assert metal_moe.last_dispatch()["family"] == "moe_base_fp32acc"
 
 
 def test_routing_in_the_same_call():

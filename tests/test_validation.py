@@ -337,6 +337,7 @@ def test_gather_experts(weights, ids, exception, message):
         ((1.0, True), TypeError, "batch_size is 1.0 of type float"),
         ((1, 1), TypeError, "use_fp32_acc is 1 of type int"),
         ((1, True, 12), ValueError, "gate_bits is 12"),
+        ((1, True, 4, 2.25), ValueError, "up_bits is 2.25: must be None, 16 or 32 (dense) or 1 to 8 in halves"),
         ((1, True, None, "16"), TypeError, "up_bits is '16' of type str"),
         ((1, True, 16, 16, 9), ValueError, "down_bits is 9"),
     ],

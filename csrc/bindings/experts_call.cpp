@@ -63,7 +63,7 @@ public:
   std::string_view bytes() const { return {reinterpret_cast<const char*>(words_), bytes_}; }
 
 private:
-  static constexpr uint32_t MAX_FAMILY_BYTES = 32;
+  static constexpr uint32_t MAX_FAMILY_BYTES = 64;
   static constexpr uint32_t TENSORS = 10, PARTS = 6, TENSOR_WORDS = 1 + 2 * TensorView::MAX_RANK;
   static constexpr uint32_t MAX_WORDS = 8 + (TENSORS + 4 * PARTS) * TENSOR_WORDS + MAX_FAMILY_BYTES / sizeof(uint64_t);
 

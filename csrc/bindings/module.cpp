@@ -237,9 +237,8 @@ void viterbi(std::string_view engine_name, py::handle values, py::handle table, 
   });
 }
 
-std::pair<std::string, uint32_t> select(int64_t batch_size, bool use_fp32_acc, std::optional<int64_t> gate_bits,
-                                        std::optional<int64_t> up_bits, std::optional<int64_t> down_bits,
-                                        const std::optional<std::string>& engine_name) {
+std::pair<std::string, uint32_t> select(int64_t batch_size, bool use_fp32_acc, Bits gate_bits, Bits up_bits,
+                                        Bits down_bits, const std::optional<std::string>& engine_name) {
   const Tuning* measured =
       engine_name ? MoeEngine::get(*engine_name).measured(layer_of_bits(gate_bits, up_bits, down_bits)) : nullptr;
   const Selection selection =

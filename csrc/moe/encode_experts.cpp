@@ -75,6 +75,12 @@ size_t part_bytes(const QuantizedPart& part) {
   return part ? std::max<size_t>(bytes / static_cast<size_t>(part.table.shape[0]), 1) : 0;
 }
 
+Family requested_family(const ExpertsLayer& layer, const LayerShape& shape, bool fp32_accumulation) {
+  if (!shape.quantized())
+    return parse_family(*layer.family, fp32_accumulation);
+  return parse_layer_family(*layer.family, layer.activation, layer.codes(), layer.trellis());
+}
+
 } // namespace
 
 void check_alignment(const char* argument, const QuantizedPart& part) {
@@ -120,7 +126,7 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
   const Tuning& tuning = engine.tuning(tuned_layer(shape));
   const uint64_t assignments = uint64_t(shape.tokens) * shape.top_k;
-  const Family family = layer.family      ? parse_family(*layer.family, fp32_accumulation)
+  const Family family = layer.family      ? requested_family(layer, shape, fp32_accumulation)
                         : layer.trellis() ? select_trellis_family(tuning, shape.tokens, assignments, shape.experts)
                                           : select_family(tuning, shape.tokens, assignments);
   ExpertsPacking packing{};

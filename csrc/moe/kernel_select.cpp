@@ -1,31 +1,41 @@
 #include "kernel_select.h"
 
+#include "specialization.h"
+
 #include <algorithm>
+#include <cmath>
+#include <cstdio>
 
 namespace metal_moe {
 
 namespace {
 
-constexpr int64_t MAX_QUANTIZED_BITS = 8;
+constexpr double MAX_QUANTIZED_BITS = 8;
 
-void check_bits(const char* name, std::optional<int64_t> bits) {
-  if (bits && *bits != 16 && *bits != 32 && (*bits < 1 || *bits > MAX_QUANTIZED_BITS))
-    throw std::invalid_argument(std::string(name) + " is " + std::to_string(*bits) +
-                                ": must be None, 16 or 32 (dense) or 1 to 8 (quantised)");
+/// "6", "2.5".
+std::string text_of(double bits) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.15g", bits);
+  return text;
 }
 
-bool is_quantized(std::optional<int64_t> bits) { return bits && *bits <= MAX_QUANTIZED_BITS; }
+void check_bits(const char* name, Bits bits) {
+  if (!bits || *bits == 16 || *bits == 32)
+    return;
+  if (!(*bits >= 1 && *bits <= MAX_QUANTIZED_BITS) || std::floor(2 * *bits) != 2 * *bits)
+    throw std::invalid_argument(std::string(name) + " is " + text_of(*bits) +
+                                ": must be None, 16 or 32 (dense) or 1 to 8 in halves (quantised)");
+}
+
+bool is_quantized(Bits bits) { return bits && *bits <= MAX_QUANTIZED_BITS; }
 
 /// Of trellis weights: the published table.
-Selection select_quantized(Family family, bool fp32, std::optional<int64_t> gate_bits, std::optional<int64_t> up_bits,
-                           std::optional<int64_t> down_bits) {
+Selection select_quantized(Family family, bool fp32, Bits gate_bits, Bits up_bits, Bits down_bits) {
   const std::string name = "moe_trellis_swiglu", acc = fp32 ? "_fp32acc" : "";
   if (family == Family::Decode) {
     if (!is_quantized(gate_bits) || !is_quantized(up_bits) || !is_quantized(down_bits))
       return {name + "_decode", GEMV_TILE_N};
-    return {name + "_decode_" + std::to_string(*gate_bits) + "_" + std::to_string(*up_bits) + "_" +
-                std::to_string(*down_bits),
-            GEMV_TILE_N};
+    return {name + "_decode_" + text_of(*gate_bits) + "_" + text_of(*up_bits) + "_" + text_of(*down_bits), GEMV_TILE_N};
   }
   if (family == Family::Prefill4)
     return {name + "_prefill4" + acc, GEMV_TILE_N};
@@ -65,8 +75,8 @@ uint32_t select_variant(const Tuning& tuning, Family family, uint64_t routed_row
   return variant;
 }
 
-Selection select_moe_kernel(int64_t batch_size, bool use_fp32_acc, std::optional<int64_t> gate_bits,
-                            std::optional<int64_t> up_bits, std::optional<int64_t> down_bits, const Tuning& tuning) {
+Selection select_moe_kernel(int64_t batch_size, bool use_fp32_acc, Bits gate_bits, Bits up_bits, Bits down_bits,
+                            const Tuning& tuning) {
   if (batch_size < 0)
     throw std::invalid_argument("batch_size is " + std::to_string(batch_size) + ": must not be negative");
   check_bits("gate_bits", gate_bits);
@@ -79,15 +89,27 @@ Selection select_moe_kernel(int64_t batch_size, bool use_fp32_acc, std::optional
   return {family_name(family, use_fp32_acc), VARIANTS[select_variant(tuning, family, 0, 1)].tile_n};
 }
 
-TunedLayer layer_of_bits(std::optional<int64_t> gate_bits, std::optional<int64_t> up_bits,
-                         std::optional<int64_t> down_bits) {
+TunedLayer layer_of_bits(Bits gate_bits, Bits up_bits, Bits down_bits) {
   TunedLayer layer;
-  for (std::optional<int64_t> bits : {gate_bits, up_bits, down_bits}) {
-    const int64_t own = bits.value_or(16);
+  for (Bits bits : {gate_bits, up_bits, down_bits}) {
+    const double own = bits.value_or(16);
     layer.quantized |= is_quantized(bits);
     layer.weight_bits += static_cast<float>(own) / 3.0f;
   }
   return layer;
+}
+
+Family parse_layer_family(std::string_view name, uint32_t activation, const std::array<uint32_t, 3>& codes,
+                          bool trellis) {
+  for (uint32_t i = 0; i < FAMILIES; ++i)
+    if (names_layer(name, family_name(static_cast<Family>(i), true), activation, codes, trellis))
+      return static_cast<Family>(i);
+  try {
+    return parse_family(name, true);
+  } catch (const std::invalid_argument& error) {
+    const std::string own = layer_name(family_name(Family::Decode, true), activation, codes);
+    throw std::invalid_argument(own.empty() ? error.what() : error.what() + (", or of this layer, as '" + own + "'"));
+  }
 }
 
 Family parse_family(std::string_view name, bool fp32_accumulation) {

@@ -36,6 +36,40 @@ std::string bits_of(uint32_t code) {
   return std::to_string(half_bits / 2) + (half_bits % 2 ? ".5" : "");
 }
 
+/// Without a gate the first and the last part have the matrices.
+bool is_part(uint32_t part, uint32_t activation) { return part != 1 || activation != ACTIVATION_RELU2; }
+
+/// Of the parts that have a code; "mixed" where they differ, "" where none has one.
+std::string common_format(uint32_t activation, const std::array<uint32_t, 3>& codes) {
+  std::string format;
+  for (uint32_t part = 0; part < codes.size(); ++part)
+    if (codes[part] && is_part(part, activation)) {
+      const std::string own = format_of(codes[part]);
+      format = format.empty() || format == own ? own : "mixed";
+    }
+  return format;
+}
+
+/// "_6_2_3", "_4_any_4".
+std::string bits_of_all(uint32_t activation, const std::array<uint32_t, 3>& codes) {
+  std::string bits;
+  for (uint32_t part = 0; part < codes.size(); ++part)
+    if (is_part(part, activation))
+      bits.append("_").append(codes[part] ? bits_of(codes[part]) : "any");
+  return bits;
+}
+
+/// A layer's name up to its bits. Names know one kind of decode kernels, and no name for those between prefill4 and
+/// large_batch.
+std::string name_stem(const std::string& format, std::string_view family, uint32_t activation) {
+  family.remove_prefix(sizeof("moe") - 1);
+  if (family.starts_with("_decode"))
+    family = "_decode";
+  if (family.starts_with("_base"))
+    family.remove_prefix(sizeof("_base") - 1);
+  return "moe_" + format + "_" + ACTIVATIONS[activation] + std::string(family);
+}
+
 } // namespace
 
 bool specialization_enabled() { return enabled().load(std::memory_order_relaxed); }
@@ -71,25 +105,26 @@ std::string specialized_label(const char* kernel, const FunctionConstants& codes
 }
 
 std::string layer_name(std::string_view family, uint32_t activation, const std::array<uint32_t, 3>& codes) {
-  std::string format, bits;
-  for (uint32_t part = 0; part < codes.size(); ++part) {
-    if (part == 1 && activation == ACTIVATION_RELU2)
-      continue;
-    bits.append("_").append(codes[part] ? bits_of(codes[part]) : "any");
-    if (codes[part]) {
-      const std::string own = format_of(codes[part]);
-      format = format.empty() || format == own ? own : "mixed";
-    }
-  }
+  const std::string format = common_format(activation, codes);
+  return format.empty() ? "" : name_stem(format, family, activation) + bits_of_all(activation, codes);
+}
+
+bool names_layer(std::string_view name, std::string_view family, uint32_t activation,
+                 const std::array<uint32_t, 3>& codes, bool trellis) {
+  std::string format = common_format(activation, codes);
+  const std::string bits = format.empty() ? "" : bits_of_all(activation, codes);
+  if (format.empty() && trellis)
+    format = FORMATS[TRELLIS];
   if (format.empty())
-    return "";
-  // Names know one kind of decode kernels, and no name for those between prefill4 and large_batch.
-  family.remove_prefix(sizeof("moe") - 1);
-  if (family.starts_with("_decode"))
-    family = "_decode";
-  if (family.starts_with("_base"))
-    family.remove_prefix(sizeof("_base") - 1);
-  return "moe_" + format + "_" + ACTIVATIONS[activation] + std::string(family) + bits;
+    return false;
+  const std::string stem = name_stem(format, family, activation);
+  constexpr std::string_view fp32 = "_fp32acc";
+  const std::string_view shorter =
+      std::string_view(stem).substr(0, stem.size() - (stem.ends_with(fp32) ? fp32.size() : 0));
+  for (const std::string_view own : {std::string_view(stem), shorter})
+    if (name.starts_with(own) && (name.size() == own.size() || name.substr(own.size()) == bits))
+      return true;
+  return false;
 }
 
 } // namespace metal_moe

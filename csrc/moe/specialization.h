@@ -29,4 +29,9 @@ std::string specialized_label(const char* kernel, const FunctionConstants& codes
 /// and down, with ACTIVATION_RELU2 of the first and the last; "any" for a part without a code. "" where none has one.
 std::string layer_name(std::string_view family, uint32_t activation, const std::array<uint32_t, 3>& codes);
 
+/// Whether `name` is the layer's in `family`, as layer_name gives it, or that without its bits, without "_fp32acc" or
+/// without both. A layer whose experts differ has no bits, and is `trellis` where all of them are.
+bool names_layer(std::string_view name, std::string_view family, uint32_t activation,
+                 const std::array<uint32_t, 3>& codes, bool trellis);
+
 } // namespace metal_moe

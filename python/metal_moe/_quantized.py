@@ -25,6 +25,8 @@ KERNEL_FORMATS = tuple(sorted(name for name, known in Format.registry.items() if
 TRELLIS = "trellis"
 # Of a record: what a kernel may be compiled for, in the order that `_core.matrix_code` takes.
 _CODE_FIELDS = ("format", "half_bits", "group_size", "codebook", "scale_type")
+# Those whose kernels' names tell them; the others' are of "moe_base".
+_FAMILIES = ("decode", "prefill4", "large_batch", "simd")
 _WEIGHTS = ("w1", "w2", "shared_w1", "shared_w2")
 
 
@@ -110,6 +112,8 @@ def _apart(op, quantized, hidden_states, given, args, kwargs) -> Tensor:
     ids = torch.arange(count, dtype=torch.int32, device=hidden_states.device).expand(tokens, count)
     options = ("activation", "interleaved", "alpha", "limit", "use_fp32_acc", "kernel")
     kept = {name: kwargs[name] for name in options if name in kwargs}
+    if isinstance(kept.get("kernel"), str):  # which may be the name of the routed experts' own kernels
+        kept["kernel"] = "moe_" + next((name for name in _FAMILIES if name in kept["kernel"]), "base")
     return routed + experts.fused_experts(hidden_states, shared_w1, shared_w2, shared_weights, ids, **kept)
 
 

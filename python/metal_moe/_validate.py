@@ -375,5 +375,5 @@ def check_gather(op: str, weights: Tensor, expert_ids: Tensor) -> None:
 
 
 def check_bits(op: str, name: str, bits: object) -> None:
-    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int)):
-        wrong_type(op, name, f"{bits!r} of type {type(bits).__name__}", "an int (bits of a weight) or None")
+    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int | float)):
+        wrong_type(op, name, f"{bits!r} of type {type(bits).__name__}", "a number (bits of a weight) or None")

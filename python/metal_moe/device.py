@@ -26,9 +26,9 @@ __all__ = [
 def select_moe_kernel(
     batch_size: int,
     use_fp32_acc: bool,
-    gate_bits: int | None = None,
-    up_bits: int | None = None,
-    down_bits: int | None = None,
+    gate_bits: float | None = None,
+    up_bits: float | None = None,
+    down_bits: float | None = None,
     *,
     device: str | torch.device | None = None,
 ) -> tuple[str, int]:
@@ -53,12 +53,14 @@ def select_moe_kernel(
     Args:
         batch_size: tokens.
         use_fp32_acc: accumulate in float32; appends "_fp32acc" to the name.
-        gate_bits, up_bits, down_bits: bits of a weight; 1 to 8 where it is quantised, 16, 32 or None where dense.
+        gate_bits, up_bits, down_bits: bits of a weight; 1 to 8, also n + 1/2, where it is quantised, 16, 32 or None
+            where dense.
         device: a device of PyTorch. None: the default one.
 
     Returns:
-        (name, tile_n). The name of dense weights can be passed as `kernel=` to `fused_experts` and `fused_moe`; those
-        of quantised weights stand in `last_dispatch()`, specialization, with format and activation of the layer.
+        (name, tile_n). The name can be passed as `kernel=` to `fused_experts` and `fused_moe`; that of quantised
+        weights with a layer of just these. What ran stands in `last_dispatch()`, specialization, with format and
+        activation of the layer.
 
     Raises:
         TypeError: a wrong type. ValueError: batch_size below 0, or bits that no format has.

@@ -327,7 +327,9 @@ def fused_experts(
             float16 and added up in float32, which doubles or triples the error. bfloat16 and float32 always accumulate
             in float32, as do layers with quantised weights.
         kernel: force a kernel family, one of "moe_decode", "moe_prefill4", "moe_base", "moe_large_batch", "moe_simd",
-            also with the "_fp32acc" that `select_moe_kernel` appends. None: by T and device.
+            also with the "_fp32acc" that `select_moe_kernel` appends. None: by T and device. With quantised weights
+            also the layer's own names, those of `last_dispatch()`, specialization, with or without bits and "_fp32acc":
+            "moe_trellis_swiglu_decode_6_2_3" runs trellis weights of 6, 2 and 3 bits, and is refused for any others.
 
     Returns:
         [T, H], dtype of `hidden_states`, a new contiguous tensor. `last_dispatch()` says which kernels ran.

@@ -112,17 +112,21 @@ TEST(Selection, QuantizedWeightsHaveThePublishedNames) {
     EXPECT_EQ(fp16.tile_n, fp16_tile) << batch_size;
     EXPECT_EQ(fp32.tile_n, fp32_tile) << batch_size;
   }
+  EXPECT_EQ(select_moe_kernel(1, true, 2.5, 3, 7.5).name, "moe_trellis_swiglu_decode_2.5_3_7.5");
   EXPECT_EQ(select_moe_kernel(1, true, 6, 2, {}).name, "moe_trellis_swiglu_decode");
   EXPECT_EQ(select_moe_kernel(1, true, 16, 16, 4).name, "moe_trellis_swiglu_decode");
 }
 
 TEST(Selection, RefusesWhatItCannotServe) {
   EXPECT_THROW(select_moe_kernel(-1, true, {}, {}, {}), std::invalid_argument);
+  for (const double bits : {0.5, 2.25, 8.5, 24.0, -4.0, double(NAN), double(INFINITY)})
+    EXPECT_THROW(select_moe_kernel(1, true, {}, bits, {}), std::invalid_argument) << bits;
   try {
     select_moe_kernel(1, true, 16, 9, 4);
     FAIL() << "no exception";
   } catch (const std::invalid_argument& error) {
-    EXPECT_EQ(std::string(error.what()), "up_bits is 9: must be None, 16 or 32 (dense) or 1 to 8 (quantised)");
+    EXPECT_EQ(std::string(error.what()),
+              "up_bits is 9: must be None, 16 or 32 (dense) or 1 to 8 in halves (quantised)");
   }
 }
 

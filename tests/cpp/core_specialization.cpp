@@ -68,6 +68,34 @@ TEST(Specialization, LayersHaveThePublishedNames) {
   EXPECT_EQ(layer_name("", 0, {}), "");
 }
 
+TEST(Specialization, LayersAreAskedForByName) {
+  const std::array<uint32_t, 3> codes{trellis(12, 2), trellis(4, 2), trellis(6, 2)}, none{};
+  const auto family = [](std::string_view name, const std::array<uint32_t, 3>& of, bool all_trellis,
+                         uint32_t activation = ACTIVATION_SILU) {
+    return parse_layer_family(name, activation, of, all_trellis);
+  };
+  EXPECT_EQ(family("moe_trellis_swiglu_decode_6_2_3", codes, true), Family::Decode);
+  EXPECT_EQ(family("moe_trellis_swiglu_decode", codes, true), Family::Decode);
+  EXPECT_EQ(family("moe_trellis_swiglu_prefill4", codes, true), Family::Prefill4);
+  EXPECT_EQ(family("moe_trellis_swiglu_prefill4_fp32acc_6_2_3", codes, true), Family::Prefill4);
+  EXPECT_EQ(family("moe_trellis_swiglu", codes, true), Family::Base);
+  EXPECT_EQ(family("moe_trellis_swiglu_fp32acc", codes, true), Family::Base);
+  EXPECT_EQ(family("moe_trellis_swiglu_large_batch", codes, true), Family::LargeBatch);
+  EXPECT_EQ(family("moe_trellis_swiglu_simd_6_2_3", codes, true), Family::Simd);
+  EXPECT_EQ(family("base", codes, true), Family::Base) << "as ever";
+  EXPECT_EQ(family("moe_trellis_swiglu_decode", none, true), Family::Decode) << "experts that differ";
+  EXPECT_EQ(family("moe_affine_relu2_decode_4_8", {affine(4, 32), 0, affine(8, 32)}, false, ACTIVATION_RELU2),
+            Family::Decode);
+  EXPECT_EQ(family("moe_mixed_swiglu_decode_6_any_4", {codes[0], 0, affine(4, 32)}, false), Family::Decode);
+  for (const char* name :
+       {"moe_trellis_swiglu_decode_6_3_4", "moe_affine_swiglu_decode_6_2_3", "moe_trellis_geglu_decode",
+        "moe_trellis_swiglu_decode_6_2", "moe_trellis_swiglu_decode_6_2_33", "moe_trellis_swiglu_d"})
+    EXPECT_THROW(family(name, codes, true), std::invalid_argument) << name;
+  EXPECT_THROW(family("moe_trellis_swiglu_decode_6_2_3", none, true), std::invalid_argument)
+      << "no kernel of these bits";
+  EXPECT_THROW(family("moe_affine_swiglu_decode", none, false), std::invalid_argument);
+}
+
 TEST(Specialization, PipelinesAreTheKernelsForTheirCodes) {
   for (const char* name : {"native", "exact"}) {
     MoeEngine& on = engine(name);
