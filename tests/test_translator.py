@@ -186,6 +186,30 @@ def test_function_constants_of_the_cuda_engine(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("body", "before", "after"),
+    [
+        ("out[i] = 1;", True, False),
+        ("early(i); out[i] = 1;", True, False),  # what a function does that the kernel calls is not looked at
+        ("if (i > 3) { early(i); } wait_for_previous_kernel(); if (i > 4) return; out[i] = 1;", False, False),
+        ("wait_for_previous_kernel();", False, False),
+        ("if (i > 3) return; wait_for_previous_kernel(); out[i] = 1;", False, True),
+        ("if (i > 3) wait_for_previous_kernel();", False, True),
+        ("if (i > 3) early(i); else wait_for_previous_kernel();", False, True),
+        ("if (i > 3) { wait_for_previous_kernel(); }", False, True),
+        ("if (i > 3) { wait_for_previous_kernel(); } wait_for_previous_kernel(); out[i] = 1;", False, False),
+    ],
+)
+def test_kernels_wait_for_the_one_before(body, before, after):
+    """Entry points of the cuda engine: at once, unless the kernel does so; and at the end where it may not have."""
+    cuda_source = pytest.importorskip("cuda_source")
+    text = f"void early(uint i) {{ wait_for_previous_kernel(); }}\nkernel void f({SIGNATURE}) {{ {body} }}"
+    entry = cuda_source.entry_point(0, read(text, "cuda").instances[0])
+    wait, call = "metal_sim::wait_for_previous_kernel();", "\n  f("
+    first, last = entry.split(call)
+    assert (wait in first, wait in last) == (before, after)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("kernel void f(device float* x) {}", "kernel 'f': parameter 'x' needs one attribute, has 0"),

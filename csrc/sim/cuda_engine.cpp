@@ -12,6 +12,8 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 namespace metal_sim {
 namespace {
@@ -27,7 +29,6 @@ constexpr uint32_t SHARED_ALIGNMENT = 16;
 struct LaunchGrid {
   Size3 first; // of the launch
   Size3 grid;  // of the dispatch
-  uint32_t lets_next_start;
 };
 
 /// Calls that CUDA would refuse while some stream of the program is captured (loading code) and that no graph needs.
@@ -149,11 +150,10 @@ public:
                std::to_string(dispatch.buffer_bytes[argument.index]);
       parameters[i] = addresses[i];
     }
-    // The threadgroups of a dispatch may take their places before the one in front of it has ended; each waits for the
-    // end (cuda_entry.h). A dispatch lets the next one do so if it leaves multiprocessors free: beside a larger one
-    // they would crowd where it ends first.
+    // The threadgroups of a launch may take their places before what is in front of it has ended, where that lets
+    // them; they wait for its end themselves (msl/cuda_launch.h).
     CudaLaunchAttribute early_start{CUDA_LAUNCH_PROGRAMMATIC_SERIALIZATION, architecture_ >= 90, {}};
-    LaunchGrid place{{0, 0, 0}, dispatch.grid, volume(dispatch.grid) <= uint64_t(multiprocessors_)};
+    LaunchGrid place{{0, 0, 0}, dispatch.grid};
     parameters[kernel.argument_count] = &place;
     const CurrentCudaContext current(context_);
     for (place.first.z = 0; place.first.z < dispatch.grid.z; place.first.z += MAX_GRID_YZ)
@@ -269,11 +269,13 @@ private:
 
   void load(CudaKernel& kernel) {
     const CudaDriver& driver = cuda_driver();
-    CudaBinary binary = cuda_binary(*kernel.source, kernel.host_name, kernel.definitions, architecture_);
+    std::vector<std::string> definitions = kernel.definitions;
+    definitions.push_back("-DMETAL_SIM_MULTIPROCESSORS=" + std::to_string(multiprocessors_));
+    CudaBinary binary = cuda_binary(*kernel.source, kernel.host_name, definitions, architecture_);
     CudaModule module = nullptr;
     CudaResult result = driver.load_module(&module, binary.image.data());
     if (result && binary.from_cache) { // a damaged file
-      binary = cuda_binary(*kernel.source, kernel.host_name, kernel.definitions, architecture_, false);
+      binary = cuda_binary(*kernel.source, kernel.host_name, definitions, architecture_, false);
       result = driver.load_module(&module, binary.image.data());
     }
     int version = 0;

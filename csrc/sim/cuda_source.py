@@ -26,6 +26,7 @@ from msl_reader import (
     Instance,
     Parameter,
     Source,
+    Waits,
 )
 
 MSL = Path(__file__).resolve().parent / "msl"
@@ -106,6 +107,10 @@ def entry_point(number: int, instance: Instance) -> str:
             call.append(f"argument{place}")
     parameters.append("const __grid_constant__ metal_sim::LaunchGrid launch")
     name = instance.host_name
+    wait = "\n  metal_sim::wait_for_previous_kernel();"
+    at_entry = wait if instance.kernel.waits is Waits.AT_ENTRY else ""
+    # What comes after a kernel that has not waited would not wait for what came before it.
+    at_end = wait if instance.kernel.waits is Waits.PERHAPS_INSIDE else ""
     separator = ",\n    "
     return f"""
 #if defined(METAL_SIM_ENTRY_{name}) || defined(METAL_SIM_ALL_ENTRIES)
@@ -113,10 +118,9 @@ namespace metal_sim_kernels {{
 using Parameters{number} = metal_sim::Parameters<decltype(&{instance.function})>;
 extern "C" __global__ void __launch_bounds__({instance.kernel.max_threads}) {name}(
     {separator.join(parameters)}) {{
-  using P [[maybe_unused]] = Parameters{number};
-  metal_sim::wait_for_previous_kernel(launch);
+  using P [[maybe_unused]] = Parameters{number};{at_entry}
   [[maybe_unused]] const metal_sim::ThreadContext context = metal_sim::cuda_context(launch);
-  {instance.function}({separator.join(call)});
+  {instance.function}({separator.join(call)});{at_end}
 }}
 }} // namespace metal_sim_kernels
 #endif

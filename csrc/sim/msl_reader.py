@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 # Empty headers that stand for Metal's while a source is preprocessed.
@@ -40,6 +41,8 @@ CONSTANT_TYPES = {"float": 3, "int": 29, "uint": 33, "short": 37, "ushort": 41, 
 MAX_CONSTANT_INDEX = 65535
 IS_DEFINED = "is_function_constant_defined"
 DEFAULT_MAX_THREADS = "1024"
+# Called by kernels that begin before the kernel in front of them has ended: kernels/tiles/early_start.h.
+WAIT = "wait_for_previous_kernel"
 # g++ has no "unroll fully": it does for loops of at most as many rounds as it is told.
 GCC_FULL_UNROLL = 16
 
@@ -120,6 +123,14 @@ class Parameter:
         return "value" if "&" in self.words and "constant" in self.words else "buffer"
 
 
+class Waits(Enum):
+    """Where a kernel waits for the kernel in front of it."""
+
+    AT_ENTRY = "before any of its code runs"
+    INSIDE = "in its body, whatever way it takes"
+    PERHAPS_INSIDE = "in its body, unless it returns first or skips the call"
+
+
 @dataclass
 class Kernel:
     """A kernel function: template or not."""
@@ -129,6 +140,7 @@ class Kernel:
     is_template: bool
     max_threads: str
     token: Token
+    waits: Waits
 
 
 @dataclass
@@ -287,6 +299,22 @@ def join(tokens: list[Token]) -> str:
         separate = re.search(r"\w$", text) and re.match(r"\w", token.text)
         text += (" " if separate or text.endswith(",") else "") + token.text
     return text
+
+
+def waits(body: list[Token]) -> Waits:
+    """Of a kernel with this body. One that calls WAIT in its own body waits there; what it calls may do so earlier."""
+    depth, returns = 0, False
+    found = Waits.AT_ENTRY
+    for place, token in enumerate(body):
+        depth += (token.text == "{") - (token.text == "}")
+        returns |= token.text == "return"
+        if token.text != WAIT:
+            continue
+        statement = depth == 1 and body[place - 1].text in ("{", "}", ";")
+        if statement and not returns:
+            return Waits.INSIDE
+        found = Waits.PERHAPS_INSIDE
+    return found
 
 
 class Reader:
@@ -524,7 +552,7 @@ class Reader:
                 host_name = one.value
             else:
                 raise one.token.fail(f"attribute '{one.name}' of kernel '{name.text}' is not supported")
-        kernel = Kernel(name.text, parameters, is_template, max_threads, name)
+        kernel = Kernel(name.text, parameters, is_template, max_threads, name, waits(tokens[closing + 1 :]))
         self.kernels[name.text] = kernel
         if not is_template:
             self.add(Instance(host_name or name.text, name.text, kernel), name)

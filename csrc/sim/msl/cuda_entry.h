@@ -22,18 +22,7 @@ struct EntryParameter<const T&> {
 struct LaunchGrid {
   Size3 first;
   Size3 grid;
-  uint32_t lets_next_start;
 };
-
-/// First of all: lets the threadgroups of the next kernel take their places, and waits until the kernel before has
-/// ended and its results are in memory.
-METAL_FUNC void wait_for_previous_kernel(const LaunchGrid& launch) {
-#if __CUDA_ARCH__ >= 900
-  if (launch.lets_next_start)
-    asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 METAL_FUNC ThreadContext cuda_context(const LaunchGrid& launch) {
   ThreadContext context;
