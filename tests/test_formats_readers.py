@@ -404,6 +404,23 @@ def test_shared_experts(kind, name, tmp_path):
         assert experts.shared_gate is None
 
 
+def test_exl3_shared_experts_of_a_hidden_size_that_is_rounded_up(tmp_path):
+    tensors = exl3_checkpoint(QWEN, "mlp", {"gate": 4, "up": 4, "down": 4}, (256, 128), 2)
+    shared = shared_tensors("exl3", "", 256, 128)
+    tensors |= {SHARED + name: tensor for name, tensor in shared.items()}
+    save_sharded(tmp_path, tensors, 2, {"hidden_size": 200})
+    with ExpertReader(tmp_path) as reader:
+        experts = reader.read(1)
+    assert experts.w1.shape[2] == experts.w2.shape[1] == 200
+    linears = {
+        p: {k.removeprefix(p + "_proj."): t for k, t in shared.items() if k.startswith(p)} for p in ("gate", "up")
+    }
+    expected = torch.cat([QuantizedExperts.from_exl3([linears[p]]).dequantize() for p in linears], 1)
+    assert torch.equal(one(experts.shared_w1), expected[..., :200])
+    down = {k.removeprefix("down_proj."): t for k, t in shared.items() if k.startswith("down")}
+    assert torch.equal(one(experts.shared_w2), QuantizedExperts.from_exl3([down]).dequantize()[:, :200])
+
+
 SHARED = "model.layers.1.mlp.shared_experts."
 WRONG_SHARED = {
     "a projection missing": (lambda t: without(t, SHARED + "up_proj.weight"), "a tensor is missing: .*up_proj"),

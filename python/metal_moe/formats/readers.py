@@ -185,7 +185,7 @@ class _Layer:
                 shapes = f"w1 [{experts}, {rows}, {hidden}] and w2 {list(made['w2'].shape)}"
                 raise ValueError(f"{self.block}experts: {shapes} do not fit; they must be [E, 2I, H] and [E, H, I]")
             if self.shared:
-                made |= shared_experts.read(self.block, self.shared, checkpoint)
+                made |= shared_experts.read(self.block, self.shared, checkpoint, hidden)
                 shared_hidden = made["shared_w1"].shape[2]
                 if shared_hidden != hidden:
                     raise ValueError(

@@ -7,12 +7,13 @@ import re
 import torch
 from torch import Tensor
 
+from . import checks
 from .checkpoint import Checkpoint
 from .modules import mlx_quantization
 from .part import make_part
 from .quantized_experts import BUFFERS, GATE_UP, QuantizedExperts
 from .stacked import one_by_one
-from .trellis import stack_exl3
+from .trellis import TILE, padded_sizes, stack_exl3
 
 _TENSORS = ("weight", "scales", "biases", "trellis", "suh", "svh", "su", "sv", "mul1", "mcg", "bias")
 _PATTERN = re.compile(
@@ -34,12 +35,15 @@ def find(name: str, found: dict[str, dict[str, dict[str, str]]]) -> None:
         found.setdefault(match["block"], {}).setdefault(projection, {})[match["tensor"]] = name
 
 
-def read(block: str, names: dict[str, dict[str, str]], checkpoint: Checkpoint) -> dict:
-    """`shared_w1`, `shared_w2`, `shared_gate` of LayerExperts; ValueError where tensors are missing or do not fit."""
+def read(block: str, names: dict[str, dict[str, str]], checkpoint: Checkpoint, hidden: int) -> dict:
+    """`shared_w1`, `shared_w2`, `shared_gate` of LayerExperts; ValueError where tensors are missing or do not fit.
+
+    Args:
+        hidden: the layer's hidden size, which exl3 stores rounded up.
+    """
     where = block + "shared_expert"
-    made = (
-        _own(where, names, checkpoint) if "w1" in names or "w2" in names else _of_projections(where, names, checkpoint)
-    )
+    own = "w1" in names or "w2" in names
+    made = _own(where, names, checkpoint) if own else _of_projections(where, names, checkpoint, hidden)
     gate, down = made["shared_w1"].shape, made["shared_w2"].shape
     if gate[0] != down[0] or gate[1] != 2 * down[2] or gate[2] != down[1]:
         raise ValueError(
@@ -50,7 +54,7 @@ def read(block: str, names: dict[str, dict[str, str]], checkpoint: Checkpoint) -
     return made
 
 
-def _of_projections(where: str, names: dict, checkpoint: Checkpoint) -> dict:
+def _of_projections(where: str, names: dict, checkpoint: Checkpoint, hidden: int) -> dict:
     for projection in ("gate", "up", "down"):
         if not names.get(projection):
             raise ValueError(f"a tensor is missing: {where}s.{projection}_proj")
@@ -59,7 +63,9 @@ def _of_projections(where: str, names: dict, checkpoint: Checkpoint) -> dict:
     kinds = {_kind(names[projection]) for projection in ("gate", "up", "down")}
     if len(kinds) > 1:
         raise ValueError(f"{where}s: gate, up and down are {' and '.join(sorted(kinds))}; they must be of one kind")
-    return {"exl3": _exl3, "mlx": _mlx, "dense": _dense}[kinds.pop()](where, names, checkpoint)
+    if "exl3" in kinds:
+        return _exl3(where, names, checkpoint, hidden)
+    return {"mlx": _mlx, "dense": _dense}[kinds.pop()](where, names, checkpoint)
 
 
 def _own(where: str, names: dict, checkpoint: Checkpoint) -> dict:
@@ -80,11 +86,19 @@ def _kind(tensors: dict[str, str]) -> str:
     return "exl3" if "trellis" in tensors else "mlx" if "scales" in tensors else "dense"
 
 
-def _exl3(where: str, names: dict, checkpoint: Checkpoint) -> dict:
+def _exl3(where: str, names: dict, checkpoint: Checkpoint, hidden: int) -> dict:
+    """The intermediate size is what is stored: what was rounded up adds nothing to the layer's result."""
     parts = {}
     for projection in ("gate", "up", "down"):
         linear = {tensor: checkpoint.get(name) for tensor, name in names[projection].items()}
-        stacks, _ = stack_exl3(where, [linear], None, [names[projection]["trellis"].removesuffix(".trellis")])
+        what = names[projection]["trellis"].removesuffix(".trellis")
+        checks.tensor(what, "trellis", linear["trellis"], (torch.int16,), (None, None, None))
+        columns, rows = (TILE * n for n in linear["trellis"].shape[:2])
+        if projection == "down":
+            rows = hidden if padded_sizes(hidden, 1)[0] == rows else rows
+        else:
+            columns = hidden if padded_sizes(1, hidden)[1] == columns else columns
+        stacks, _ = stack_exl3(where, [linear], (rows, columns), [what])
         parts[projection] = make_part(stacks)
     pair = {name: parts[name] for name in GATE_UP}
     return {"shared_w1": QuantizedExperts(pair), "shared_w2": QuantizedExperts({"weight": parts["down"]})}
