@@ -376,6 +376,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("select_moe_kernel", &select, "batch_size"_a, "use_fp32_acc"_a, "gate_bits"_a = py::none(),
         "up_bits"_a = py::none(), "down_bits"_a = py::none(), "engine"_a = py::none(),
         "(name, tile_n) of what was measured on the engine's device, else of the published selection.");
+  m.def("name_format", &name_format, "number"_a, "name"_a, "Makes a format of weights known, for kernels' names.");
   m.def("matrix_code", &checked_matrix_code, "format"_a, "half_bits"_a, "group_size"_a, "codebook"_a, "scale_type"_a,
         "aligned"_a, "How matrices with these fields of a record are stored, in a number for kernels; 0: in none.");
   m.def("enable_specialization", &enable_specialization, "enabled"_a);

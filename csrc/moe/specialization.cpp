@@ -6,6 +6,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <iterator>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
 
 namespace metal_moe {
 
@@ -19,15 +22,23 @@ std::atomic<bool>& enabled() {
   return value;
 }
 
-/// By ExpertMatrix::format.
-constexpr const char* FORMATS[] = {"", "affine", "mxfp4", "mxfp8", "nvfp4", "trellis", "dense"};
 constexpr uint32_t AFFINE = 1, TRELLIS = 5;
+/// Formats that a code has room for.
+constexpr uint32_t MAX_FORMATS = 16;
+
+/// By ExpertMatrix::format; nullptr: not known. Names stay.
+std::array<std::atomic<const char*>, MAX_FORMATS>& formats() {
+  static std::array<std::atomic<const char*>, MAX_FORMATS> names{nullptr, "affine",  "mxfp4", "mxfp8",
+                                                                 "nvfp4", "trellis", "dense"};
+  return names;
+}
 constexpr const char* CODEBOOKS[] = {"3inst", "mcg", "mul1", "unknown"};
 /// By Activation.
 constexpr const char* ACTIVATIONS[] = {"swiglu", "geglu", "geglu_tanh", "relu2", "swiglu_clamp"};
 
 const char* format_of(uint32_t code) {
-  return code_format(code) < std::size(FORMATS) ? FORMATS[code_format(code)] : "unknown";
+  const char* name = formats()[code_format(code)].load(std::memory_order_acquire);
+  return name ? name : "unknown";
 }
 
 /// "6", "2.5".
@@ -75,9 +86,26 @@ std::string name_stem(const std::string& format, std::string_view family, uint32
 bool specialization_enabled() { return enabled().load(std::memory_order_relaxed); }
 void enable_specialization(bool on) { enabled().store(on, std::memory_order_relaxed); }
 
+void name_format(uint32_t number, std::string name) {
+  if (number == 0 || number >= MAX_FORMATS)
+    throw std::invalid_argument("format number is " + std::to_string(number) + ": must be from 1 to " +
+                                std::to_string(MAX_FORMATS - 1));
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  std::atomic<const char*>& known = formats()[number];
+  if (const char* now = known.load()) {
+    if (now != name)
+      throw std::invalid_argument("format number is " + std::to_string(number) + ", which is that of " + now +
+                                  ", not of " + name);
+    return;
+  }
+  known.store((new std::string(std::move(name)))->c_str(), std::memory_order_release);
+}
+
 uint32_t checked_matrix_code(uint32_t format, uint32_t half_bits, uint32_t group_size, uint32_t codebook,
                              uint32_t scale_type, bool aligned) {
-  if (format == 0 || format >= std::size(FORMATS) || codebook >= std::size(CODEBOOKS) - 1)
+  if (format >= MAX_FORMATS || !formats()[format].load(std::memory_order_acquire) ||
+      codebook >= std::size(CODEBOOKS) - 1)
     return 0;
   const uint32_t code = matrix_code(format, half_bits, group_size, codebook, scale_type, aligned);
   const bool fits = code_format(code) == format && code_half_bits(code) == half_bits &&
@@ -114,7 +142,7 @@ bool names_layer(std::string_view name, std::string_view family, uint32_t activa
   std::string format = common_format(activation, codes);
   const std::string bits = format.empty() ? "" : bits_of_all(activation, codes);
   if (format.empty() && trellis)
-    format = FORMATS[TRELLIS];
+    format = format_of(TRELLIS);
   if (format.empty())
     return false;
   const std::string stem = name_stem(format, family, activation);

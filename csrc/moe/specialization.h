@@ -15,6 +15,10 @@ namespace metal_moe {
 bool specialization_enabled();
 void enable_specialization(bool enabled);
 
+/// Makes a format known by the number that records have for it, 1 to 15; those of this project are. For all threads.
+/// std::invalid_argument for other numbers, and for one that is another format's.
+void name_format(uint32_t number, std::string name);
+
 /// The code of a matrix with these fields of ExpertMatrix; 0 where they have none.
 uint32_t checked_matrix_code(uint32_t format, uint32_t half_bits, uint32_t group_size, uint32_t codebook,
                              uint32_t scale_type, bool aligned);

@@ -1,4 +1,6 @@
 // Affine codes: weight = scale * code + bias, a scale and a bias per group of columns.
+//
+// Decoders: AffineRun<2>, AffineRun<3>, AffineRun<4>, AffineRun<5>, AffineRun<6>, AffineRun<8>
 #pragma once
 #include "quantized.h"
 

@@ -1,6 +1,8 @@
 // Dense weights as a format: fp32, fp16 or bf16 rows as they are, whatever the activations' type, beside quantised ones
 // (shared experts, or some of the routed ones). Where all weights of a product are dense they have kernels of their
 // own.
+//
+// Decoders: DenseRun<WORD_BITS / 2>, DenseRun<WORD_BITS>
 #pragma once
 #include "quantized.h"
 

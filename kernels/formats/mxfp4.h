@@ -2,6 +2,8 @@
 //
 // An element is read as the fp16 number with the same sign, exponent and mantissa bits. Its exponent's bias is another,
 // which multiplies by a power of two (UNIT) once per run.
+//
+// Decoders: MxRun<FORMAT_MXFP4, 4>, MxRun<FORMAT_MXFP8, 8>, NvRun
 #pragma once
 #include "quantized.h"
 

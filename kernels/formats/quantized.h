@@ -9,11 +9,11 @@
 //   load(matrix, row, run)     reads run number `run` of a row: load_scales, then load_codes
 //   element(i)                 what element i is multiplied as: cheap, of the format's own unit and zero
 //   add(sum, part, total)      sum + the dot product of run and x, where part = sum of element(i) * x[i] and total =
-//   sum
-//                              of x[i]
+//                              sum of x[i]
 //   weight(i)                  element i as the weight it stands for
 //
-// `decoders.h` goes from a record to its decoder.
+// A format's header lists its decoders in a line, "// Decoders: AffineRun<2>, AffineRun<3>". The build gathers them in
+// `decoders.h`, which goes from a record to its decoder.
 #pragma once
 #include "../tiles/rows.h"
 #include "expert_matrix.h"

@@ -21,6 +21,8 @@ from .formats.quantized_experts import KernelForm
 
 # Formats that the kernels decode (kernels/formats/decoders.h), in any mix with each other and with dense weights.
 KERNEL_FORMATS = tuple(sorted(name for name, known in Format.registry.items() if known.IN_KERNELS))
+for _known in Format.registry.values():
+    _core.name_format(_known.NUMBER, _known.NAME)
 # Weights of rotated activations: kernels of their own (kernels/moe/rotate.metal), for all experts of w1 or of w2.
 TRELLIS = "trellis"
 # Of a record: what a kernel may be compiled for, in the order that `_core.matrix_code` takes.

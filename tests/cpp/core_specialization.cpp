@@ -68,6 +68,20 @@ TEST(Specialization, LayersHaveThePublishedNames) {
   EXPECT_EQ(layer_name("", 0, {}), "");
 }
 
+TEST(Specialization, FormatsHaveNamesOfTheirOwn) {
+  EXPECT_EQ(checked_matrix_code(15, 8, 32, 0, 0, true), 0u) << "not known yet";
+  name_format(15, "fifteen");
+  name_format(15, "fifteen");
+  name_format(1, "affine");
+  const uint32_t code = checked_matrix_code(15, 8, 32, 0, 0, true);
+  EXPECT_EQ(describe_code(code), "fifteen");
+  EXPECT_EQ(layer_name("moe_prefill4_fp32acc", ACTIVATION_SILU, {code, code, code}),
+            "moe_fifteen_swiglu_prefill4_fp32acc_4_4_4");
+  EXPECT_THROW(name_format(15, "other"), std::invalid_argument);
+  EXPECT_THROW(name_format(0, "none"), std::invalid_argument);
+  EXPECT_THROW(name_format(16, "sixteen"), std::invalid_argument);
+}
+
 TEST(Specialization, LayersAreAskedForByName) {
   const std::array<uint32_t, 3> codes{trellis(12, 2), trellis(4, 2), trellis(6, 2)}, none{};
   const auto family = [](std::string_view name, const std::array<uint32_t, 3>& of, bool all_trellis,
