@@ -6,6 +6,7 @@ import metal_moe
 import pytest
 import torch
 from cases import FAMILIES, assert_close, make_layer
+from metal_moe import QuantizedExperts
 
 OWN_DEVICE = True
 
@@ -89,6 +90,44 @@ def test_graph(tokens, whole):
             other.run()
         graph.replay()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 6])
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_is_written_right_before_a_call(bits, captured):
+    """Kernels that begin early read nothing too early: x, ids, routing weights and weights, all new for every call."""
+
+    def new_layer(seed):
+        layer, _ = cuda_layer(1, hidden=1024, intermediate=512, experts=16, top_k=4, seed=seed)
+        if bits:
+            layer.w1 = QuantizedExperts.quantize(layer.w1, bits=bits)
+            layer.w2 = QuantizedExperts.quantize(layer.w2, bits=bits)
+        return layer
+
+    def buffers(weights):
+        return [buffer for part in weights.parts.values() for buffer in part.buffers().values()] if bits else [weights]
+
+    def tensors(layer):
+        return [layer.hidden_states, layer.topk_ids, layer.topk_weights, *buffers(layer.w1), *buffers(layer.w2)]
+
+    layers, used = [new_layer(seed) for seed in range(4)], new_layer(4)
+    expected = [layer.run() for layer in layers]
+    torch.cuda.synchronize()
+
+    def step(layer):
+        for to, new in zip(tensors(used), tensors(layer), strict=True):
+            to.copy_(new)
+        return used.run()
+
+    results = [step(layer) for layer in 5 * layers]
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [step(layer) for layer in 5 * layers]
+        graph.replay()
+        graph.replay()
+    for number, out in enumerate(results):
+        assert torch.equal(out, expected[number % len(layers)]), number
 
 
 def test_first_use_in_a_graph():

@@ -44,6 +44,18 @@ def test_the_library_holds_every_kernel():
     assert names == sorted(kernel["name"] for kernel in metal_moe.kernels("cpu"))
 
 
+def test_which_kernels_begin_early():
+    """All others wait for the kernel in front of them before any of their code runs: kernels/tiles/early_start.h."""
+    early = set()
+    for source in SOURCES:
+        for entry in source.read_text().split("#if defined(METAL_SIM_ENTRY_")[1:]:
+            body = entry[entry.index(" {\n  using P") :]
+            first = body.index("metal_sim::cuda_context(")
+            if "metal_sim::wait_for_previous_kernel();" not in body[:first]:
+                early.add(entry.split(")")[0].rsplit("_decode", 1)[0])
+    assert early == {"down", "down_quantized"}
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_kernels_compile(source):
     """All of them, through the user's cache: some minutes the first time."""

@@ -14,12 +14,9 @@
 #include "../tiles/early_start.h"
 #include "combine.h"
 #include "down.h"
+#include "down_share.h"
 #include "gemv.h"
 
-constexpr constant uint DOWN_LANE_SIMDGROUPS = simdgroups(DOWN_DECODE_SIMDGROUPS, SIMD_WIDTH);
-/// Of a row of weights of one slot: whole rows of small layers. A simdgroup asks for at most SIMD_WIDTH times as much,
-/// a token's down for the weights of its slots.
-constexpr constant uint DOWN_PREFETCH_BYTES = 2048;
 constexpr constant uint DOWN_DECODE_THREADGROUP_COLUMNS = gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, SIMD_WIDTH);
 constexpr constant uint DOWN_PREFILL4_THREADGROUP_COLUMNS =
     gemv_threadgroup_columns(GEMV_SIMDGROUPS * DOWN_PREFILL4_COLUMNS, SIMD_WIDTH);
@@ -42,20 +39,6 @@ inline Rows<T, R> down_rows(device const T* w2, uint column, uint hidden, uint K
     w.row[i] = w2 + ulong(min(column + i, hidden - 1)) * K;
   return w;
 }
-
-/// The pieces of SIMDGROUP_ELEMENTS, first .. last - 1, that a simdgroup takes of the K of a token's slots.
-struct DownShare {
-  uint first;
-  uint last;
-
-  DownShare(constant ExpertsArgs& args, uint simdgroup) {
-    const uint pieces = args.top_k * divide_up(args.intermediate, SIMDGROUP_ELEMENTS) +
-                        args.shared * divide_up(args.shared_intermediate, SIMDGROUP_ELEMENTS);
-    const uint share = divide_up(pieces, DOWN_LANE_SIMDGROUPS);
-    first = min(simdgroup * share, pieces);
-    last = min(first + share, pieces);
-  }
-};
 
 /// total[i] = the part of column + i of out[token] that pieces first .. last - 1 are, in this lane: the K of the
 /// token's slots, one after the other, in pieces of SIMDGROUP_ELEMENTS.
@@ -93,32 +76,18 @@ inline void down_decode_pieces(device const T* h, device const T* w2, device con
   }
 }
 
-/// Asks for the first weights of those pieces, which need no h: a lane for a row of a slot.
+/// Asks for the first weights of a simdgroup's share, which need no h: a lane for a row of a slot.
 template <uint N, typename T>
 inline void prefetch_down_weights(device const T* w2, device const T* shared_w2, device const int* ids,
-                                  constant ExpertsArgs& args, uint token, uint column, uint first, uint last,
-                                  uint lane) {
-  const uint slots = args.top_k + args.shared;
-  uint slot_first = 0, passed = 0, own_slot = slots, K = 0, k = 0, elements = 0;
-  for (uint slot = 0; slot < slots && slot_first < last; ++slot) {
-    const uint slot_K = slot < args.top_k ? args.intermediate : args.shared_intermediate;
-    const uint begin = (max(first, slot_first) - slot_first) * SIMDGROUP_ELEMENTS;
-    const uint end = min((last - slot_first) * SIMDGROUP_ELEMENTS, slot_K);
-    slot_first += divide_up(slot_K, SIMDGROUP_ELEMENTS);
-    if (begin < end && passed++ == lane / N) {
-      own_slot = slot;
-      K = slot_K;
-      k = begin;
-      elements = end - begin;
-    }
-  }
+                                  constant ExpertsArgs& args, uint token, uint column, uint simdgroup, uint lane) {
+  const DownPart part = DownShare<SIMDGROUP_ELEMENTS>(args, simdgroup).part(args, lane / N);
   const uint row = column + lane % N;
-  if (own_slot == slots || row >= args.hidden)
+  if (part.begin == part.end || row >= args.hidden)
     return;
-  const uint expert = slot_expert(ids, args, token, own_slot);
+  const uint expert = slot_expert(ids, args, token, part.slot);
   if (expert != NO_EXPERT)
-    prefetch(expert_w2(w2, shared_w2, expert, args) + ulong(row) * K + k,
-             min(elements * uint(sizeof(T)), DOWN_PREFETCH_BYTES));
+    prefetch(expert_w2(w2, shared_w2, expert, args) + ulong(row) * part.K + part.begin,
+             min((part.end - part.begin) * uint(sizeof(T)), DOWN_PREFETCH_BYTES));
 }
 
 template <bool VECTORIZED, typename T, typename Acc>
@@ -127,7 +96,7 @@ inline void down_decode_columns(device const T* h, device const T* w2, device co
                                 device T* out, constant ExpertsArgs& args, threadgroup float* sums, uint first_column,
                                 uint token, uint simdgroup, uint lane) {
   constexpr uint N = SIMD_WIDTH == 1 ? one_lane_weight_rows<1>() : DOWN_DECODE_COLUMNS;
-  const DownShare share(args, simdgroup);
+  const DownShare<SIMDGROUP_ELEMENTS> share(args, simdgroup);
   device T* to = out + ulong(token) * args.out_row_stride;
   const uint end = min(first_column + DOWN_DECODE_THREADGROUP_COLUMNS, args.hidden);
   for (uint column = first_column; column < end; column += N) { // once, on a GPU
@@ -162,11 +131,8 @@ down_decode(device const T* h [[buffer(0)]], device const T* w2 [[buffer(1)]], d
             threadgroup float* sums [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
             uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const uint first_column = group.x * DOWN_DECODE_THREADGROUP_COLUMNS;
-  if (SIMD_WIDTH > 1 && args.vectorized) {
-    const DownShare share(args, simdgroup);
-    prefetch_down_weights<DOWN_DECODE_COLUMNS>(w2, shared_w2, ids, args, group.y, first_column, share.first, share.last,
-                                               lane);
-  }
+  if (SIMD_WIDTH > 1 && args.vectorized)
+    prefetch_down_weights<DOWN_DECODE_COLUMNS>(w2, shared_w2, ids, args, group.y, first_column, simdgroup, lane);
   wait_for_previous_kernel();
   if (args.vectorized)
     down_decode_columns<true, T, Acc>(h, w2, shared_w2, bias, ids, weights, shared_weights, out, args, sums,

@@ -1,13 +1,14 @@
 // down on quantised weights: y = h Wd^T + bd, in `decode` also the weighted sum over the experts of a token. Shapes and
 // families as in down.metal; each expert has a record of its own (docs/formats.md), so formats and bits may differ from
 // expert to expert. Bytes to move: those of the codes, scales and biases of the experts chosen.
+#include "../tiles/early_start.h"
 #include "combine.h"
 #include "down.h"
+#include "down_share.h"
 #include "gemm_quantized.h"
 #include "gemv_quantized.h"
 #include "packed_product.h"
 
-constexpr constant uint DOWN_LANE_SIMDGROUPS = simdgroups(DOWN_DECODE_SIMDGROUPS, SIMD_WIDTH);
 constexpr constant uint DOWN_DECODE_THREADGROUP_COLUMNS = gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, SIMD_WIDTH);
 
 /// total[i] = the part of column + i of out[token] that pieces first .. last - 1 are, in this lane: the K of the
@@ -50,6 +51,32 @@ inline void down_quantized_pieces(device const T* h, thread const ExpertPart& ro
   }
 }
 
+/// Asks for the first codes of a simdgroup's share and for the scales of their rows, which need no h: a lane for a row
+/// of a slot.
+template <uint N>
+inline void prefetch_quantized_share(thread const ExpertPart& routed, thread const ExpertPart& shared,
+                                     device const int* ids, constant ExpertsArgs& args, uint token, uint column,
+                                     uint simdgroup, uint lane) {
+  const DownPart part = DownShare<SIMDGROUP_RUN_ELEMENTS>(args, simdgroup).part(args, lane / N);
+  const uint row = column + lane % N;
+  if (part.begin == part.end || row >= args.hidden)
+    return;
+  const uint expert = slot_expert(ids, args, token, part.slot);
+  if (expert == NO_EXPERT)
+    return;
+  const QuantizedMatrix matrix = expert_matrix(routed, shared, expert, args.experts, FIRST_MATRIX);
+  const uint run_bytes = RUN_ELEMENTS / 8 * matrix.bits;
+  const uint bytes = (part.end - part.begin) / RUN_ELEMENTS * run_bytes;
+  if (matrix.aligned && bytes >= 16)
+    prefetch(matrix.row_codes(row) + part.begin / RUN_ELEMENTS * run_bytes, min(bytes / 16 * 16, DOWN_PREFETCH_BYTES));
+  if (matrix.format == FORMAT_DENSE)
+    return;
+  const uint scales_at = part.begin / RUN_ELEMENTS * matrix.scales_stride / divide_up(part.K, RUN_ELEMENTS); // in a row
+  prefetch_line(matrix.row_scales(row) + scales_at);
+  if (matrix.format == FORMAT_AFFINE)
+    prefetch_line(matrix.row_biases(row) + scales_at);
+}
+
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(DOWN_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
 down_quantized_decode(device const T* h [[buffer(0)]], device const uchar* codes [[buffer(1)]],
@@ -69,19 +96,18 @@ down_quantized_decode(device const T* h [[buffer(0)]], device const uchar* codes
   device T* to = out + ulong(token) * args.out_row_stride;
 #ifdef METAL_SIM_CUDA
   if (down_packed_decode<FIRST_MATRIX>(h, routed, shared, bias, ids, weights, shared_weights, to, args, sums, group.x,
-                                       token, simdgroup, lane))
+                                       token, simdgroup, lane)) // waits itself
     return;
 #endif
-  const uint pieces = args.top_k * divide_up(args.intermediate, SIMDGROUP_RUN_ELEMENTS) +
-                      args.shared * divide_up(args.shared_intermediate, SIMDGROUP_RUN_ELEMENTS);
-  const uint share = divide_up(pieces, DOWN_LANE_SIMDGROUPS);
-  const uint first = min(simdgroup * share, pieces);
-  const uint last = min(first + share, pieces);
+  if (SIMD_WIDTH > 1)
+    prefetch_quantized_share<N>(routed, shared, ids, args, token, first_column, simdgroup, lane);
+  wait_for_previous_kernel();
+  const DownShare<SIMDGROUP_RUN_ELEMENTS> share(args, simdgroup);
   const uint end = min(first_column + DOWN_DECODE_THREADGROUP_COLUMNS, args.hidden);
   for (uint column = first_column; column < end; column += N) { // once, on a GPU
     float total[N][1] = {};
-    down_quantized_pieces(h, routed, shared, bias, ids, weights, shared_weights, args, token, column, first, last, lane,
-                          total);
+    down_quantized_pieces(h, routed, shared, bias, ids, weights, shared_weights, args, token, column, share.first,
+                          share.last, lane, total);
     const LaneSums<N> own = sum_lanes<0, N>(total, lane);
     if (DOWN_LANE_SIMDGROUPS == 1) {
       for (uint i = lane; i < N; i += SIMD_WIDTH)

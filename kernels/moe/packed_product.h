@@ -3,6 +3,7 @@
 // compiled for such weights ask first; where the answer is false, constant, they go their own way.
 #pragma once
 #include "../formats/quantized.h"
+#include "../tiles/early_start.h"
 #include "down.h"
 #include "gate_up.h"
 
@@ -151,6 +152,7 @@ inline bool down_packed_decode(device const T* h, thread const ExpertPart& route
         }
         table[thread_index] = own;
       }
+      wait_for_previous_kernel(); // h
       threadgroup_barrier(mem_flags::mem_threadgroup);
       uint slabs = 0;
       for (uint i = 0; i < count; ++i)

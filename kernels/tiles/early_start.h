@@ -37,3 +37,12 @@ inline void prefetch(device const void* from, uint bytes) {
   (void)from, (void)bytes;
 #endif
 }
+
+/// The same of the cache line that `from` lies in.
+inline void prefetch_line(device const void* from) {
+#ifdef METAL_SIM_CUDA
+  metal_sim::cuda_prefetch_line(from);
+#else
+  (void)from;
+#endif
+}

@@ -24,4 +24,7 @@ METAL_FUNC void cuda_prefetch(const void* from, uint bytes) {
 #endif
 }
 
+/// The same of the cache line that `from` lies in.
+METAL_FUNC void cuda_prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 } // namespace metal_sim
