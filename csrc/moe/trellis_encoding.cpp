@@ -67,10 +67,10 @@ TrellisEncoding::Slices TrellisEncoding::slices(const Pipeline& pipeline, uint32
   const uint32_t width = pipeline.simd_width;
   const uint32_t threadgroups = ceil_div(rotate_padded(outputs), trellis_decode_columns(width)) * args_.rows * count;
   const uint32_t blocks = rotate_blocks(inputs), least = ceil_div(blocks, TRELLIS_DECODE_MAX_BLOCKS);
-  const uint32_t wanted =
-      width == 1 ? 1 : std::min(ceil_div(TRELLIS_DECODE_THREADGROUPS, threadgroups), TRELLIS_DECODE_SLICES);
-  const uint32_t each = ceil_div(blocks, std::clamp(wanted, least, blocks));
-  return {each, ceil_div(blocks, each)};
+  const uint32_t at_a_time = TRELLIS_DECODE_PLACES / threadgroups;
+  const uint32_t wanted = at_a_time >= 4 ? at_a_time : ceil_div(TRELLIS_DECODE_THREADGROUPS, threadgroups);
+  const uint32_t slices = std::clamp(width == 1 ? 1 : std::min(wanted, TRELLIS_DECODE_SLICES), least, blocks);
+  return {slices, ceil_div(blocks, slices)};
 }
 
 /// The dispatch of a decode kernel whose buffers are bound.
@@ -98,7 +98,7 @@ TrellisEncoding::Sums TrellisEncoding::gate_up_decode() {
   stream_.bind(6, up_or_gate().scales.view());
   stream_.bind(7, up_or_gate().table.view());
   stream_.bind(8, h.view);
-  stream_.bind_value(9, TrellisDecodeArgs{args_, cut.blocks});
+  stream_.bind_value(9, TrellisDecodeArgs{args_, cut.count});
   const size_t codes = code_bytes(layer_.gate) + (layer_.up ? code_bytes(layer_.up) : 0);
   dispatch_decode(pipeline, args_.intermediate, matrices_, cut,
                   codes + cut.count * row_bytes(args_.intermediate, matrices_));
@@ -126,7 +126,7 @@ TrellisEncoding::Sums TrellisEncoding::down_decode(const Sums& h) {
   stream_.bind(8, layer_.down.scales.view());
   stream_.bind(9, layer_.down.table.view());
   stream_.bind(10, y.view);
-  stream_.bind_value(11, TrellisDecodeArgs{sliced(h.slices), cut.blocks});
+  stream_.bind_value(11, TrellisDecodeArgs{sliced(h.slices), cut.count});
   dispatch_decode(pipeline, args_.hidden, 1, cut,
                   code_bytes(layer_.down) + h.slices * row_bytes(args_.intermediate, matrices_) +
                       cut.count * row_bytes(args_.hidden, 1));

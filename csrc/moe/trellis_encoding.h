@@ -41,8 +41,8 @@ public:
 private:
   /// How a decode product divides its inputs.
   struct Slices {
-    uint32_t blocks; // of 128 inputs, of each
     uint32_t count;
+    uint32_t blocks; // of 128 inputs, of the largest
   };
   Slices slices(const Pipeline& pipeline, uint32_t inputs, uint32_t outputs, uint32_t count) const;
   void dispatch_decode(const Pipeline& pipeline, uint32_t outputs, uint32_t count, Slices slices, size_t bytes);

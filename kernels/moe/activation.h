@@ -73,3 +73,28 @@ inline float activate(uint kind, float gate, float up, float alpha, float limit)
     return activate<ACTIVATION_SWIGLU_CLAMP>(gate, up, alpha, limit);
   }
 }
+
+/// The same of N values; the function is chosen once.
+template <uint KIND, uint N>
+inline void activate(thread const float (&gate)[N], thread const float (&up)[N], float alpha, float limit,
+                     thread float (&value)[N]) {
+  UNROLL_SHARE
+  for (uint i = 0; i < N; ++i)
+    value[i] = activate<KIND>(gate[i], up[i], alpha, limit);
+}
+template <uint N>
+inline void activate(uint kind, thread const float (&gate)[N], thread const float (&up)[N], float alpha, float limit,
+                     thread float (&value)[N]) {
+  switch (kind) {
+  case ACTIVATION_SILU:
+    return activate<ACTIVATION_SILU>(gate, up, alpha, limit, value);
+  case ACTIVATION_GELU:
+    return activate<ACTIVATION_GELU>(gate, up, alpha, limit, value);
+  case ACTIVATION_GELU_TANH:
+    return activate<ACTIVATION_GELU_TANH>(gate, up, alpha, limit, value);
+  case ACTIVATION_RELU2:
+    return activate<ACTIVATION_RELU2>(gate, up, alpha, limit, value);
+  default:
+    return activate<ACTIVATION_SWIGLU_CLAMP>(gate, up, alpha, limit, value);
+  }
+}

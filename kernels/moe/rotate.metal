@@ -10,6 +10,7 @@
 // to the last rounding. Assignments without an expert are left out; nothing reads their rows.
 //
 // Bytes: 4 per element of what is read and written between products: little beside weights.
+#include "../tiles/early_start.h"
 #include "rotate_block.h"
 
 constexpr constant uint SIMDGROUPS = simdgroups(ROTATE_SIMDGROUPS, SIMD_WIDTH);
@@ -56,10 +57,25 @@ void rotate_activations(device const float* h [[buffer(0)]], device const int* i
     return;
   const uint first = block * HADAMARD_BLOCK + lane * VALUES;
   const ActivationBuffers from{{h, bias, gate_biases, gate_table, up_biases, up_table}, down_scales, down_table};
+  ActivationScales scales;
+  scales.load(from, expert, first);
   float value[VALUES];
-  rotated_activation(from, assignment, expert, first, lane, args, value);
+  rotated_activation(from, scales, assignment, expert, first, lane, args, value);
   store_values(out + ulong(assignment) * rotate_padded(args.intermediate) + first, value);
 }
+
+/// A lane's share of svh of a slot's expert.
+struct OutputScales {
+  uint expert; // or NO_EXPERT
+  float svh[VALUES];
+
+  void load(device const int* ids, device const uchar* biases, device const ExpertMatrix* table, uint token, uint slot,
+            uint first, constant RotateArgs& args) thread {
+    expert = slot < args.top_k ? early_expert_of(ids, token * args.top_k + slot, args) : NO_EXPERT;
+    if (expert != NO_EXPERT)
+      load_scales(lane_scales(biases, table[expert].biases, first), svh);
+  }
+};
 
 [[kernel, max_total_threads_per_threadgroup(OUTPUT_THREADS)]]
 void rotate_outputs(device const float* y [[buffer(0)]], device const int* ids [[buffer(1)]],
@@ -76,25 +92,28 @@ void rotate_outputs(device const float* y [[buffer(0)]], device const int* ids [
   UNROLL_SHARE
   for (uint i = 0; i < OUTPUT_COLUMNS; ++i)
     total[i] = 0.0f;
+  OutputScales scales;
+  scales.load(ids, down_biases, down_table, token, simdgroup, first, args);
+  wait_for_previous_kernel();
   // Simdgroups take the next slots at once, one each; then their parts are added in the slots' order.
   for (uint begin = 0; begin < args.top_k; begin += OUTPUT_SIMDGROUPS) {
     const uint slot = begin + simdgroup, assignment = token * args.top_k + slot;
-    const uint expert = slot < args.top_k ? expert_of(ids, assignment, args) : NO_EXPERT;
+    if (begin > 0)
+      scales.load(ids, down_biases, down_table, token, slot, first, args);
+    const uint expert = scales.expert;
     float value[1][VALUES];
     UNROLL_SHARE
     for (uint i = 0; i < VALUES; ++i)
       value[0][i] = 0.0f;
     if (expert != NO_EXPERT) {
-      float svh[VALUES];
       load_values<1>(y + ulong(assignment) * padded + first, 0, args.slices, ulong(args.rows) * padded, value);
-      load_scales(lane_scales(down_biases, down_table[expert].biases, first), svh);
       const float weight =
           load_scalar(topk_weights, ulong(token) * args.weights_token_stride + ulong(slot) * args.weights_slot_stride,
                       args.weights_type);
       rotate(value[0], lane);
       UNROLL_SHARE
       for (uint i = 0; i < VALUES; ++i)
-        value[0][i] *= svh[i];
+        value[0][i] *= scales.svh[i];
       if (args.has_bias2)
         for (uint i = 0; i < VALUES && first + i < args.hidden; ++i)
           value[0][i] += load_scalar(bias, ulong(expert) * args.hidden + first + i, args.type);

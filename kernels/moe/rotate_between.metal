@@ -35,8 +35,10 @@ void unrotate_activations(device const float* sums [[buffer(0)]], device const i
     return;
   const uint first = block * HADAMARD_BLOCK + lane * VALUES;
   const GateUpBuffers from{sums, bias, gate_biases, gate_table, up_biases, up_table};
+  GateUpScales scales;
+  scales.load(from, expert, first);
   float value[VALUES];
-  unrotated_activation(from, assignment, expert, first, lane, args.rotate, value);
+  unrotated_activation(from, scales, assignment, expert, first, lane, args.rotate, value);
   const ulong row = h_row(inverse, assignment, args);
   for (uint i = 0; i < VALUES && first + i < args.rotate.intermediate; ++i)
     store_scalar(h, row + first + i, args.rotate.type, value[i]);

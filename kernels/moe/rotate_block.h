@@ -14,6 +14,20 @@ inline uint expert_of(device const int* ids, uint assignment, constant RotateArg
   return load_id(ids, token * args.ids_token_stride + slot * args.ids_slot_stride, args.id_words, args.experts);
 }
 
+/// The same ahead of wait_for_previous_kernel(): past the caches of a core, which may hold older ids.
+inline uint early_expert_of(device const int* ids, uint assignment, constant RotateArgs& args) {
+#ifdef METAL_SIM_CUDA
+  const ulong token = assignment / args.top_k, slot = assignment % args.top_k;
+  ids += (token * args.ids_token_stride + slot * args.ids_slot_stride) * args.id_words;
+  int words[2] = {metal_sim::cuda_load_fresh(ids), 0};
+  if (args.id_words == 2)
+    words[1] = metal_sim::cuda_load_fresh(ids + 1);
+  return load_id(words, 0, args.id_words, args.experts);
+#else
+  return expert_of(ids, assignment, args);
+#endif
+}
+
 /// A lane's share of a vector of fp16 scales that begins `offset` bytes into a buffer.
 inline device const half* lane_scales(device const uchar* buffer, ulong offset, uint first) {
   return reinterpret_cast<device const half*>(buffer + offset) + first;
@@ -49,7 +63,7 @@ inline void load_values(device const float* from, ulong step, uint slices, ulong
   }
 #else
   // Several slices at once: each would otherwise wait for memory after the one before it.
-  constexpr uint TOGETHER = 4;
+  constexpr uint TOGETHER = 8 / N;
   float4 sum[N];
   UNROLL
   for (uint n = 0; n < N; ++n)
@@ -87,12 +101,36 @@ inline void store_values(device float* to, thread const float (&value)[ROTATE_VA
     to[i] = value[i];
 }
 
+/// A lane's share of a row that begins at `from`, `count` columns of it from there on; then zeros.
+template <typename T>
+inline void load_share(device const T* from, uint count, thread float (&value)[ROTATE_VALUES]) {
+  UNROLL_SHARE
+  for (uint i = 0; i < ROTATE_VALUES; ++i)
+    value[i] = i < count ? float(from[i]) : 0.0f;
+}
+/// The same of elements of a ScalarType, of which `begin` is the first.
+inline void load_share(device const uchar* x, ulong begin, uint count, uint type,
+                       thread float (&value)[ROTATE_VALUES]) {
+  switch (type) {
+  case SCALAR_FP16:
+    return load_share(reinterpret_cast<device const half*>(x) + begin, count, value);
+  case SCALAR_BF16:
+    return load_share(reinterpret_cast<device const bfloat*>(x) + begin, count, value);
+  default:
+    return load_share(reinterpret_cast<device const float*>(x) + begin, count, value);
+  }
+}
+
 /// H (suh * x) of a row of `columns` columns of a ScalarType that begins at element `row` of x; suh: this lane's.
 inline void rotated_row(device const uchar* x, ulong row, uint columns, uint type, device const half* suh, uint first,
                         uint lane, thread float (&value)[ROTATE_VALUES]) {
+  const uint count = first < columns ? columns - first : 0;
+  float scale[ROTATE_VALUES];
+  load_scales(suh, scale);
+  load_share(x, row + first, count, type, value);
   UNROLL_SHARE
   for (uint i = 0; i < ROTATE_VALUES; ++i)
-    value[i] = first + i < columns ? load_scalar(x, row + first + i, type) * float(suh[i]) : 0.0f;
+    value[i] = i < count ? value[i] * scale[i] : 0.0f;
   rotate(value, lane);
 }
 
@@ -112,24 +150,33 @@ struct GateUpBuffers {
   device const ExpertMatrix* up_table;
 };
 
+/// A lane's share of svh of gate and up.
+struct GateUpScales {
+  float svh[2][ROTATE_VALUES];
+
+  void load(thread const GateUpBuffers& from, uint expert, uint first) thread {
+    load_scales(lane_scales(from.gate_biases, from.gate_table[expert].biases, first), svh[0]);
+    load_scales(lane_scales(from.up_biases, from.up_table[expert].biases, first), svh[1]);
+  }
+};
+
 /// act(svh_gate * H h[gate] + bias, svh_up * H h[up] + bias) of an assignment; beyond I whatever the function makes of
 /// what stands there.
-inline void unrotated_activation(thread const GateUpBuffers& from, uint assignment, uint expert, uint first, uint lane,
-                                 constant RotateArgs& args, thread float (&value)[ROTATE_VALUES]) {
+inline void unrotated_activation(thread const GateUpBuffers& from, thread const GateUpScales& scales, uint assignment,
+                                 uint expert, uint first, uint lane, constant RotateArgs& args,
+                                 thread float (&value)[ROTATE_VALUES]) {
   const uint padded = rotate_padded(args.intermediate);
   const ulong matrix = ulong(args.rows) * padded, slice = args.gated ? 2 * matrix : matrix;
   device const float* h = from.h + ulong(assignment) * padded + first;
-  float both[2][ROTATE_VALUES], svh[2][ROTATE_VALUES];
+  float both[2][ROTATE_VALUES];
   // Without a gate both are the same: what the function makes of the second is not looked at.
   load_values<2>(h, args.gated ? matrix : 0, args.slices, slice, both);
-  load_scales(lane_scales(from.gate_biases, from.gate_table[expert].biases, first), svh[0]);
-  load_scales(lane_scales(from.up_biases, from.up_table[expert].biases, first), svh[1]);
   rotate(both[0], lane);
   rotate(both[1], lane);
   UNROLL_SHARE
   for (uint i = 0; i < ROTATE_VALUES; ++i) {
-    both[0][i] *= svh[0][i];
-    both[1][i] *= svh[1][i];
+    both[0][i] *= scales.svh[0][i];
+    both[1][i] *= scales.svh[1][i];
   }
   if (args.has_bias1) {
     const uint I = args.intermediate;
@@ -141,9 +188,7 @@ inline void unrotated_activation(thread const GateUpBuffers& from, uint assignme
         both[1][i] += load_scalar(from.bias, begin + I + n, args.type);
     }
   }
-  UNROLL_SHARE
-  for (uint i = 0; i < ROTATE_VALUES; ++i)
-    value[i] = activate(args.activation, both[0][i], both[1][i], args.alpha, args.limit);
+  activate(args.activation, both[0], both[1], args.alpha, args.limit, value);
 }
 
 /// What the rotation of activations reads; see rotate.h.
@@ -153,14 +198,24 @@ struct ActivationBuffers {
   device const ExpertMatrix* down_table;
 };
 
-/// H (suh_down * act(svh_gate * H h[gate] + bias, svh_up * H h[up] + bias)) of an assignment.
-inline void rotated_activation(thread const ActivationBuffers& from, uint assignment, uint expert, uint first,
-                               uint lane, constant RotateArgs& args, thread float (&value)[ROTATE_VALUES]) {
+/// A lane's share of svh of gate and up and suh of down: nothing that another kernel makes.
+struct ActivationScales {
+  GateUpScales gate_up;
   float suh[ROTATE_VALUES];
-  load_scales(lane_scales(from.down_scales, from.down_table[expert].scales, first), suh);
-  unrotated_activation(from.gate_up, assignment, expert, first, lane, args, value);
+
+  void load(thread const ActivationBuffers& from, uint expert, uint first) thread {
+    gate_up.load(from.gate_up, expert, first);
+    load_scales(lane_scales(from.down_scales, from.down_table[expert].scales, first), suh);
+  }
+};
+
+/// H (suh_down * act(svh_gate * H h[gate] + bias, svh_up * H h[up] + bias)) of an assignment.
+inline void rotated_activation(thread const ActivationBuffers& from, thread const ActivationScales& scales,
+                               uint assignment, uint expert, uint first, uint lane, constant RotateArgs& args,
+                               thread float (&value)[ROTATE_VALUES]) {
+  unrotated_activation(from.gate_up, scales.gate_up, assignment, expert, first, lane, args, value);
   UNROLL_SHARE
   for (uint i = 0; i < ROTATE_VALUES; ++i) // columns beyond I: there are no weights for them
-    value[i] = first + i < args.intermediate ? value[i] * suh[i] : 0.0f;
+    value[i] = first + i < args.intermediate ? value[i] * scales.suh[i] : 0.0f;
   rotate(value, lane);
 }

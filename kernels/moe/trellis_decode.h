@@ -15,15 +15,21 @@ constexpr uint trellis_decode_columns(uint simd_width) {
 }
 /// The most blocks of 128 inputs of a slice: threadgroup memory of 8 KiB.
 SHARED_CONSTANT uint TRELLIS_DECODE_MAX_BLOCKS = 16;
-/// Threadgroups that a GPU should have at least, and slices that they are worth: what one kernel sums up, each
-/// threadgroup of the next reads again.
+/// Threadgroups that a GPU should have: as many as it runs at a time and not one more, with three on each of 132 cores
+/// and a few to spare; or, where four slices would be too many for that, so many that the last ones are little beside
+/// all.
+SHARED_CONSTANT uint TRELLIS_DECODE_PLACES = 384;
 SHARED_CONSTANT uint TRELLIS_DECODE_THREADGROUPS = 1024;
-SHARED_CONSTANT uint TRELLIS_DECODE_SLICES = 8;
+/// Slices that they are worth: what one kernel sums up, each threadgroup of the next reads again.
+SHARED_CONSTANT uint TRELLIS_DECODE_SLICES = 16;
 /// Rows of tiles whose codes are asked for before the inputs are rotated: 32 KiB with four bits.
 SHARED_CONSTANT uint TRELLIS_DECODE_PREFETCH = 16;
 
+/// The first of `blocks` blocks that slice s has; slices differ by one block at most.
+constexpr uint trellis_slice(uint s, uint blocks, uint slices) { return s * blocks / slices; }
+
 // S = top_k assignments (of one token, but nothing depends on it), I' and H' as in rotate.h. P = 2 matrices, gate and
-// up; without a gate 1. Slice s has blocks s * blocks to (s + 1) * blocks - 1 of the inputs, as far as there are any.
+// up; without a gate 1. Slice s begins with block trellis_slice(s) of the inputs; `blocks`: the most that one has.
 //
 //  trellis_gate_up_decode : 0 x [T, H], 1 ids, 2 gate codes, 3 gate scales, 4 gate table, 5 up codes, 6 up scales,
 //                           7 up table, 8 h out fp32 [slices, P, S, I'], 9 TrellisDecodeArgs; threadgroup 0:
@@ -35,5 +41,5 @@ SHARED_CONSTANT uint TRELLIS_DECODE_PREFETCH = 16;
 //                           Grid (ceil(H' / columns), S, slices).
 struct TrellisDecodeArgs {
   RotateArgs rotate;
-  uint blocks; // of 128 inputs in a slice
+  uint slices; // of the inputs, as many as they have blocks of 128 or fewer
 };

@@ -14,6 +14,7 @@
 // Bytes: half_bits / 16 per weight of the experts in use; h and y, 4 for each of their elements, are little beside
 // them.
 #include "../formats/specialized.h"
+#include "../tiles/early_start.h"
 #include "rotate_block.h"
 #include "trellis_decode.h"
 
@@ -26,9 +27,14 @@ constexpr constant uint COLUMNS = trellis_decode_columns(SIMD_WIDTH);
 constexpr constant uint BLOCK_TILES = HADAMARD_BLOCK / TRELLIS_TILE;
 
 /// Blocks of a slice.
-inline uint slice_blocks(uint slice, uint inputs, constant TrellisDecodeArgs& args) {
-  return min(args.blocks, rotate_blocks(inputs) - slice * args.blocks);
-}
+struct Slice {
+  uint first;
+  uint count;
+
+  Slice(uint slice, uint inputs, constant TrellisDecodeArgs& args)
+      : first(trellis_slice(slice, rotate_blocks(inputs), args.slices)),
+        count(trellis_slice(slice + 1, rotate_blocks(inputs), args.slices) - first) {}
+};
 
 /// A slice of a matrix times the row in threadgroup memory.
 struct TrellisDecode {
@@ -43,14 +49,15 @@ struct TrellisDecode {
   uint simdgroup;
   uint lane;
 
-  TrellisDecode(device const uchar* buffer, device const ExpertMatrix& record, uint code, uint first_block, uint blocks,
+  TrellisDecode(device const uchar* buffer, device const ExpertMatrix& record, uint code, thread const Slice& slice,
                 uint column, threadgroup float* memory, device float* out, uint simdgroup, uint lane)
       : codes(reinterpret_cast<device const uint*>(buffer + record.codes)), row_stride(record.codes_stride / 4),
         half_bits(code ? code_half_bits(code) : record.half_bits),
-        codebook(code ? code_codebook(code) : record.codebook), blocks(blocks),
-        columns(rotate_padded(record.rows) - column), row(memory, blocks), out(out), simdgroup(simdgroup), lane(lane) {
+        codebook(code ? code_codebook(code) : record.codebook), blocks(slice.count),
+        columns(rotate_padded(record.rows) - column), row(memory, slice.count), out(out), simdgroup(simdgroup),
+        lane(lane) {
     codes +=
-        ulong(first_block * BLOCK_TILES) * row_stride + column / TRELLIS_TILE * (trellis_tile_bytes(half_bits) / 4);
+        ulong(slice.first * BLOCK_TILES) * row_stride + column / TRELLIS_TILE * (trellis_tile_bytes(half_bits) / 4);
   }
 
   void prefetch(uint thread_index) thread const {
@@ -102,20 +109,21 @@ void trellis_gate_up_decode(device const uchar* x [[buffer(0)]], device const in
                             uint thread_index [[thread_index_in_threadgroup]],
                             uint simdgroup [[simdgroup_index_in_threadgroup]],
                             uint lane [[thread_index_in_simdgroup]]) {
+  let_next_kernel_start();
   const uint assignment = threadgroup_position.y, matrices = args.rotate.gated ? 2 : 1;
-  const uint slice = threadgroup_position.z / matrices, column = threadgroup_position.x * COLUMNS;
+  const uint column = threadgroup_position.x * COLUMNS;
   const bool gate = threadgroup_position.z % matrices == 0;
   const uint expert = expert_of(ids, assignment, args.rotate);
   if (expert == NO_EXPERT)
     return;
+  const Slice slice(threadgroup_position.z / matrices, args.rotate.hidden, args);
   device const ExpertMatrix& record = (gate ? gate_table : up_table)[expert];
   const ulong place = ulong(threadgroup_position.z) * args.rotate.rows + assignment;
-  const TrellisDecode product(gate ? gate_codes : up_codes, record, gate ? FIRST_MATRIX : SECOND_MATRIX,
-                              slice * args.blocks, slice_blocks(slice, args.rotate.hidden, args), column, memory,
-                              out + place * rotate_padded(args.rotate.intermediate) + column, simdgroup, lane);
+  const TrellisDecode product(gate ? gate_codes : up_codes, record, gate ? FIRST_MATRIX : SECOND_MATRIX, slice, column,
+                              memory, out + place * rotate_padded(args.rotate.intermediate) + column, simdgroup, lane);
   product.prefetch(thread_index);
   for (uint b = simdgroup; b < product.blocks; b += SIMDGROUPS) {
-    const uint first = (slice * args.blocks + b) * HADAMARD_BLOCK + lane * ROTATE_VALUES;
+    const uint first = (slice.first + b) * HADAMARD_BLOCK + lane * ROTATE_VALUES;
     device const half* suh = lane_scales(gate ? gate_scales : up_scales, record.scales, first);
     float value[ROTATE_VALUES];
     rotated_input(x, ulong(assignment / args.rotate.top_k) * args.rotate.x_row_stride, suh, first, lane, args.rotate,
@@ -140,21 +148,29 @@ void trellis_down_decode(device const float* h [[buffer(0)]], device const int* 
                          uint3 threadgroup_position [[threadgroup_position_in_grid]],
                          uint thread_index [[thread_index_in_threadgroup]],
                          uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const uint assignment = threadgroup_position.y, slice = threadgroup_position.z;
+  const uint assignment = threadgroup_position.y;
   const uint column = threadgroup_position.x * COLUMNS;
-  const uint expert = expert_of(ids, assignment, args.rotate);
+  const uint expert = early_expert_of(ids, assignment, args.rotate);
   if (expert == NO_EXPERT)
     return;
-  const ulong place = ulong(slice) * args.rotate.rows + assignment;
-  const TrellisDecode product(down_codes, down_table[expert], FIRST_MATRIX, slice * args.blocks,
-                              slice_blocks(slice, args.rotate.intermediate, args), column, memory,
+  const Slice slice(threadgroup_position.z, args.rotate.intermediate, args);
+  const ulong place = ulong(threadgroup_position.z) * args.rotate.rows + assignment;
+  const TrellisDecode product(down_codes, down_table[expert], FIRST_MATRIX, slice, column, memory,
                               out + place * rotate_padded(args.rotate.hidden) + column, simdgroup, lane);
   product.prefetch(thread_index);
   const ActivationBuffers from{{h, bias, gate_biases, gate_table, up_biases, up_table}, down_scales, down_table};
+  const uint slice_first = slice.first * HADAMARD_BLOCK + lane * ROTATE_VALUES;
+  ActivationScales scales;
+  if (simdgroup < product.blocks)
+    scales.load(from, expert, slice_first + simdgroup * HADAMARD_BLOCK);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   for (uint b = simdgroup; b < product.blocks; b += SIMDGROUPS) {
-    const uint first = (slice * args.blocks + b) * HADAMARD_BLOCK + lane * ROTATE_VALUES;
+    const uint first = slice_first + b * HADAMARD_BLOCK;
+    if (b != simdgroup)
+      scales.load(from, expert, first);
     float value[ROTATE_VALUES];
-    rotated_activation(from, assignment, expert, first, lane, args.rotate, value);
+    rotated_activation(from, scales, assignment, expert, first, lane, args.rotate, value);
     product.row.store(b, lane, value);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);

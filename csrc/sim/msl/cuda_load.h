@@ -16,6 +16,14 @@ METAL_FUNC void cuda_load_once(const void* from, V* to) {
   *to = __builtin_bit_cast(V, words);
 }
 
+/// A word that a kernel in front of the previous one may have written: past the L1 cache, for a kernel that has not
+/// waited for the previous one.
+METAL_FUNC int cuda_load_fresh(const int* from) {
+  int word;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+  return word;
+}
+
 /// Asks for memory that will be read soon, multiples of 16 bytes: to the L2 cache, without registers and without
 /// waiting.
 METAL_FUNC void cuda_prefetch(const void* from, uint bytes) {
