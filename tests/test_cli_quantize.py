@@ -111,8 +111,10 @@ def test_trellis_with_calibration(capsys, tmp_path):
     inputs += 0.1 * torch.randn(256, 128, generator=generator)
     save_file({"model.layers.2.mlp.hidden_states": inputs}, tmp_path / "calibration.safetensors")
     arguments = ["--bits", "6", "--codebook", "mcg", "--calibration", tmp_path / "calibration.safetensors"]
-    result = run_json(capsys, "quantize", tmp_path / "dense", "--output", tmp_path / "out", *arguments)
+    with metal_moe.profile() as profile:
+        result = run_json(capsys, "quantize", tmp_path / "dense", "--output", tmp_path / "out", *arguments)
     assert result["calibrated"] is True
+    assert any(ran.kernel.startswith("viterbi") for ran in profile.kernels), "the search is a kernel"
     with ExpertReader(tmp_path / "dense") as before, ExpertReader(tmp_path / "out") as after:
         exact, made = before.read(2), after.read(2)
     assert made.w2.parts["weight"].settings[0].codebook == "mcg"

@@ -19,7 +19,7 @@ from ..formats.errors import ProjectionErrors, projection_errors
 from ..formats.layout import CODEBOOKS, Format
 from ..formats.safetensors_file import save_safetensors
 from ..formats.shared_experts import GATE_OF_ALL
-from ..formats.viterbi import nearest_walks
+from ..formats.trellis_quantizer import search
 from .plot import log_chart
 from .text import DTYPES, Bar, Progress, gigabytes, table
 
@@ -395,7 +395,7 @@ def _counted(bar: Bar, projection: str) -> Callable[[Tensor, float, str], Tensor
     def walks(values: Tensor, bits: float, codebook: str) -> Tensor:
         found = []
         for some in values.split(TILES[values.device.type]):
-            found.append(nearest_walks(some, bits, codebook))
+            found.append(search(some, bits, codebook))
             bar.add(some.shape[0], projection)
         return torch.cat(found)
 

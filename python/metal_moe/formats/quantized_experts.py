@@ -207,7 +207,7 @@ class QuantizedExperts:
                 inputs x, with which errors are spread so that outputs suffer least. A mapping for gate and up apart.
             options: of the format: affine `scale_dtype` (default: that of `w`); trellis `codebook`
                 ("mul1", "mcg" or "3inst"), `seed` of the random signs, `walks`, another search than
-                `viterbi.nearest_walks`.
+                `trellis_quantizer.search`.
         """
         op = "QuantizedExperts.quantize"
         known = format_named(format)

@@ -42,6 +42,13 @@ TARGETS = {
 }
 
 
+def search(values: Tensor, bits: float, codebook: str) -> Tensor:
+    """The nearest closed walks, states int32 [n, 256] of values [n, 256]: the kernel where the values' device has an
+    engine, elsewhere PyTorch. Both find the same."""
+    find = trellis_kernels.nearest_walks if trellis_kernels.has_engine(values) else nearest_walks
+    return find(values, bits, codebook)
+
+
 def quantize(
     weights: Tensor,
     bits: float,
@@ -58,14 +65,13 @@ def quantize(
         codebook: "3inst", "mcg" or "mul1".
         hessian: [inputs, inputs] or [n, inputs, inputs], symmetric, positive semidefinite. None: all inputs alike.
         seed: of the signs, which are the same for all n.
-        walks: the search: values [m, 256] float32, bits and codebook -> states [m, 256] int32. None: the
-            kernel where the weights' device has an engine, elsewhere PyTorch; both find the same.
+        walks: values [m, 256] float32, bits and codebook -> states [m, 256] int32. None: `search`.
 
     Returns:
         Words int32 [n, inputs / 16, outputs / 16, 8 * bits], suh float16 [n, inputs], svh float16 [n, outputs]; sizes
         rounded up to multiples of 128.
     """
-    walks = walks or (trellis_kernels.nearest_walks if trellis_kernels.has_engine(weights) else nearest_walks)
+    walks = walks or search
     n, inputs, outputs = weights.shape
     padding = (0, round_up(outputs, BLOCK) - outputs, 0, round_up(inputs, BLOCK) - inputs)
     weights = torch.nn.functional.pad(weights.float(), padding)
