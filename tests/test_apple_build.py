@@ -11,7 +11,7 @@ from pathlib import Path
 import metal_moe
 import pytest
 import torch
-from metal_moe import _torch_abi
+from metal_moe import _torch_abi, gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "kernels").glob("*/*.metal"))
@@ -98,7 +98,18 @@ def test_what_only_metal_has(tmp_path):
         with metal_moe.capture(tmp_path / "a.gputrace"):
             pass
     with pytest.raises(RuntimeError, match="keep_resident: residency sets need Apple's Metal"):
-        metal_moe.keep_resident(torch.ones(3))
+        metal_moe.keep_resident(torch.ones(3), metal_moe.QuantizedExperts.quantize(torch.ones(1, 8, 64)))
+
+
+def test_quantised_weights_are_kept_by_their_buffers():
+    w = torch.ones(1, 8, 64)
+    for weights, names in (
+        (metal_moe.QuantizedExperts.quantize(w), ("codes", "scales", "biases", "table")),
+        (metal_moe.QuantizedExperts.quantize(w, format="mxfp4"), ("codes", "scales", "table")),
+    ):
+        part = weights.parts["weight"]
+        kept = gpu._memory((w, weights))
+        assert [one.data_ptr() for one in kept] == [w.data_ptr(), *(getattr(part, name).data_ptr() for name in names)]
 
 
 def test_wrong_paths_of_a_capture(tmp_path):

@@ -159,6 +159,9 @@ def test_residency():
         assert_close(layer.run().cpu(), expected)
     assert weights.bytes == 0
     weights.release()
+    quantised = metal_moe.QuantizedExperts.quantize(torch.ones(2, 64, 64)).to("mps")
+    with metal_moe.keep_resident(layer.w1, quantised) as weights:
+        assert weights.bytes >= (layer.w1.nbytes + quantised.nbytes if weights.supported else 0)
     with pytest.raises(ValueError, match="tensors is on device cpu; it must be on device mps"):
         metal_moe.keep_resident(torch.ones(3))
 

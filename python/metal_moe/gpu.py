@@ -1,7 +1,7 @@
 """What only Apple's Metal has: GPU captures for Xcode, and memory that stays resident."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _core
 from ._validate import choices, wrong_type, wrong_value
+from .formats import QuantizedExperts
 
 __all__ = ["Residency", "capture", "keep_resident"]
 
@@ -81,8 +82,9 @@ class Residency:
         self.release()
 
 
-def keep_resident(*tensors: Tensor) -> Residency:
-    """Keeps the memory of large weights in reach of the GPU between calls (MPS tensors; macOS 15 and later).
+def keep_resident(*tensors: Tensor | QuantizedExperts) -> Residency:
+    """Keeps the memory of large weights, dense or quantised, in reach of the GPU between calls (MPS tensors; macOS 15
+    and later).
 
     Memory that the GPU has not used for about a second may be unmapped by the system; the next layer then waits until
     it is mapped again. PyTorch's allocator shares heaps among tensors: what is kept is the whole heap of each tensor.
@@ -96,15 +98,25 @@ def keep_resident(*tensors: Tensor) -> Residency:
         (9663676416, True)
     """
     for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            wrong_type("keep_resident", "tensors", f"of type {type(tensor).__name__}", "torch.Tensors")
+        if not isinstance(tensor, Tensor | QuantizedExperts):
+            wrong_type(
+                "keep_resident", "tensors", f"of type {type(tensor).__name__}", "torch.Tensors or QuantizedExperts"
+            )
     if not tensors:
         wrong_value("keep_resident", "tensors", "empty", "at least one tensor")
     _needs_metal("keep_resident", "residency sets")
     for tensor in tensors:
         if tensor.device.type != ENGINE:
             wrong_value("keep_resident", "tensors", f"on device {tensor.device}", f"on device {ENGINE}")
-    return Residency(tensors)
+    return Residency(_memory(tensors))
+
+
+def _memory(tensors: Iterable[Tensor | QuantizedExperts]) -> tuple[Tensor, ...]:
+    """Tensors, and those of quantised weights that hold something."""
+    found: list[Tensor] = []
+    for one in tensors:
+        found += [one] if isinstance(one, Tensor) else [each for each in one.state_dict().values() if each.numel()]
+    return tuple(found)
 
 
 def _needs_metal(op: str, what: str) -> None:
