@@ -156,8 +156,9 @@ BufferView TrellisEncoding::product(const GroupTables& tables, uint32_t row_tile
   stream_.bind(6, tables.tiles);
   stream_.bind(7, to);
   stream_.bind_value(8, product);
-  stream_.threadgroup_memory(0, trellis_product_memory(row_tile));
-  const uint32_t columns = TRELLIS_TILE * trellis_product_tiles(pipeline.simd_width);
+  const bool matrix = engine_.tuning().packed_products;
+  stream_.threadgroup_memory(0, trellis_product_memory(row_tile, matrix));
+  const uint32_t columns = TRELLIS_TILE * trellis_product_tiles(pipeline.simd_width, matrix);
   stream_.dispatch(MTL::Size(product.outputs / columns, tables.max_tiles, count),
                    simdgroups(TRELLIS_PRODUCT_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width,
                    count * code_bytes(first) + row_bytes(inputs, count) + row_bytes(outputs, count));

@@ -50,12 +50,14 @@ const Tuning& tuning_for(const std::string& engine) {
                              .product_gemv_rows = UINT32_MAX};
   // Tensor cores are idle most of the time whatever the tile, so padding costs little and reading weights again more;
   // copies run ahead of the arithmetic, where dot products wait for their loads. Four tokens of GLM-4.7-Flash: 69.9 us
-  // with base, 72.6 with large_batch; of Qwen3-30B-A3B, twice the assignments, 80.2 and 79.8 (H200).
+  // with base, 72.6 with large_batch; of Qwen3-30B-A3B, twice the assignments, 80.2 and 79.8 (H200). 16 rows of trellis
+  // weights take at most 1.5 times the instructions of four, by the compiled loops.
   static const Tuning cuda{.prefill4_tokens = 1,
                            .base_tokens = 1,
                            .base_assignments = 16,
                            .row_tile_per_mean_rows = 1.5f,
                            .largest_row_tile = 128,
+                           .trellis_large_batch_rows = 4,
                            .packed_products = true,
                            .threadgroup_pad_bytes = 0};
   // The published table, but every kernel is selected for some shape.

@@ -37,7 +37,8 @@ struct Tuning {
   uint32_t trellis_large_batch_rows = UINT32_MAX;
   /// Rows up to which a small product (csrc/linear) runs in dot products: those that share a weight in registers.
   uint32_t product_gemv_rows = MATMUL_GEMV_ROWS;
-  /// Whether kernels decode 4-bit affine codes straight into operands of matrix instructions: moe/packed_product.h.
+  /// Whether kernels decode 4-bit affine codes, and trellis codes for rows, straight into operands of matrix
+  /// instructions: moe/packed_product.h, moe/trellis_product.h.
   bool packed_products = false;
   /// Threadgroup memory that a matrix family's kernels were compiled for: what the device has.
   uint32_t threadgroup_bytes = 32 << 10;

@@ -8,7 +8,8 @@
 //
 // On a GPU a threadgroup makes the 16 outputs of one column of tiles; its simdgroups take rows of tiles in turn. A lane
 // decodes one run of a tile, 8 weights of 4 inputs and 2 outputs; four lanes share those outputs and add up at the end.
-// With one-thread simdgroups the threadgroup walks eight columns of tiles, and sums by place in the tile.
+// With one-thread simdgroups the threadgroup walks eight columns of tiles, and sums by place in the tile. On NVIDIA
+// GPUs it makes eight columns of tiles on tensor cores, two of them a simdgroup (csrc/sim/msl/cuda_trellis_rows.h).
 //
 // Bytes: half_bits / 16 per weight of the experts in use, read once per row tile.
 #include "../formats/expert_matrix.h"
@@ -19,8 +20,55 @@
 
 constexpr constant uint SIMDGROUPS = simdgroups(TRELLIS_PRODUCT_SIMDGROUPS, SIMD_WIDTH);
 constexpr constant uint THREADS = SIMDGROUPS * SIMD_WIDTH;
-constexpr constant uint TILES = trellis_product_tiles(SIMD_WIDTH);
+/// What threads' registers are to suffice for: three threadgroups at a time on an NVIDIA GPU.
+constexpr constant uint REGISTER_THREADS = 3 * THREADS;
+#ifdef METAL_SIM_CUDA
+constexpr constant bool MATRIX = true;
+#else
+constexpr constant bool MATRIX = false;
+#endif
+constexpr constant uint TILES = trellis_product_tiles(SIMD_WIDTH, MATRIX);
 
+#ifdef METAL_SIM_CUDA
+/// R rows with one expert.
+template <uint R>
+struct TrellisProduct {
+  using Rows = metal_sim::CudaTrellisRows<R, SIMDGROUPS, TILES / SIMDGROUPS>;
+  static_assert(Rows::BYTES == trellis_product_memory(R, MATRIX), "what the host gives");
+
+  device const uint* codes; // the first tile
+  uint row_stride;          // of tiles, words
+  uint inputs;
+  uint outputs;
+  device const float* x;
+  device const uint* places; // of rows, in x and out
+  device float* out;         // of the first column
+  uint count;
+  threadgroup float* memory;
+  uint simdgroup;
+  uint lane;
+
+  template <uint HALF_BITS, uint CODEBOOK>
+  void run() thread const {
+    float sum[TILES / SIMDGROUPS][R / 4][2];
+    const auto row = [this](uint r) { return x + ulong(places[r]) * inputs; };
+    Rows(memory).template multiply<HALF_BITS, CODEBOOK>(codes, row_stride, inputs / HADAMARD_BLOCK, row, count,
+                                                        simdgroup, lane, sum);
+    UNROLL
+    for (uint f = 0; f < R / 4; ++f) {
+      const uint r = 4 * f + lane % 4;
+      if (r >= count)
+        continue;
+      device float* to = out + ulong(places[r]) * outputs + simdgroup * (TILES / SIMDGROUPS) * TRELLIS_TILE + lane / 4;
+      UNROLL
+      for (uint i = 0; i < TILES / SIMDGROUPS; ++i) {
+        to[i * TRELLIS_TILE] = sum[i][f][0];
+        to[i * TRELLIS_TILE + TRELLIS_TILE / 2] = sum[i][f][1];
+      }
+    }
+  }
+};
+#else
 /// R rows with one expert.
 template <uint R>
 struct TrellisProduct {
@@ -123,6 +171,7 @@ struct TrellisProduct {
   }
 #endif
 };
+#endif
 
 template <uint R>
 inline void trellis_product(device const uchar* codes, device const ExpertMatrix* table, uint code, uint expert,
@@ -136,7 +185,7 @@ inline void trellis_product(device const uchar* codes, device const ExpertMatrix
 }
 
 template <uint R>
-[[kernel, max_total_threads_per_threadgroup(THREADS)]]
+[[kernel, max_total_threads_per_threadgroup(REGISTER_THREADS)]]
 void trellis_rows(device const float* x [[buffer(0)]], device const uchar* first_codes [[buffer(1)]],
                   device const ExpertMatrix* first_table [[buffer(2)]], device const uchar* second_codes [[buffer(3)]],
                   device const ExpertMatrix* second_table [[buffer(4)]], device const uint* sorted_rows [[buffer(5)]],
@@ -151,6 +200,14 @@ void trellis_rows(device const float* x [[buffer(0)]], device const uchar* first
     return;
   TrellisProduct<R> product;
   product.inputs = args.inputs;
+#ifdef METAL_SIM_CUDA
+  (void)thread_index;
+  product.outputs = args.outputs;
+  product.x = x + ulong(matrix) * args.rows * args.inputs;
+  product.places = sorted_rows + tile.first_row;
+  product.out = out + ulong(matrix) * args.rows * args.outputs + column;
+  product.memory = partial;
+#else
   UNROLL
   for (uint r = 0; r < R; ++r) {
     // Beyond the tile's rows its last again.
@@ -158,9 +215,10 @@ void trellis_rows(device const float* x [[buffer(0)]], device const uchar* first
     product.x[r] = x + place * args.inputs;
     product.out[r] = out + place * args.outputs + column;
   }
-  product.count = tile.rows;
   product.partial = partial;
   product.thread_index = thread_index;
+#endif
+  product.count = tile.rows;
   product.simdgroup = simdgroup;
   product.lane = lane;
   trellis_product(matrix == 0 ? first_codes : second_codes, matrix == 0 ? first_table : second_table,

@@ -55,8 +55,11 @@ struct Warp {
   uint32_t a[SIMD_WIDTH][4];
   uint32_t b[SIMD_WIDTH][2];
 };
-Warp* warp;
+thread_local Warp* warp;
 thread_local uint own_lane;
+std::barrier<>* threadgroup;
+
+void __syncthreads() { threadgroup->arrive_and_wait(); }
 
 uint32_t __activemask() { return ~0u; }
 uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
@@ -144,7 +147,7 @@ void multiply_bytes(uint32_t (&product)[4], const uint32_t (&a)[4], uint32_t b0,
 
 } // namespace metal_sim
 
-#include "sim/msl/cuda_trellis.h"
+#include "sim/msl/cuda_trellis_rows.h"
 
 using namespace metal_sim;
 
@@ -174,60 +177,110 @@ double weight_of(const uint* tile, uint half_bits, uint codebook, uint input, ui
   return codebook_value(codebook, state);
 }
 
-constexpr uint BLOCKS = 3, TILES = 2, ROWS_OF_TILES = BLOCKS * 8;
+constexpr uint BLOCKS = 3, TILES = 2, K = BLOCKS * 128;
 
-/// The largest error of a sum, relative to the sum of its terms' magnitudes.
+/// `columns` columns of tiles, and `rows` rows of x.
 template <uint HALF_BITS, uint CODEBOOK>
-double error_of(float scale) {
-  std::mt19937 random(HALF_BITS * 4 + CODEBOOK);
-  std::normal_distribution<float> normal;
-  constexpr uint TILE_WORDS = 4 * HALF_BITS, ROW_STRIDE = (TILES + 1) * TILE_WORDS;
-  std::vector<uint4> stored(ROWS_OF_TILES * ROW_STRIDE / 4);
-  for (uint4& four : stored)
-    four = {uint(random()), uint(random()), uint(random()), uint(random())};
-  const auto* codes = reinterpret_cast<const uint*>(stored.data());
-  std::vector<float> x(BLOCKS * 128);
-  for (float& value : x)
-    value = scale * normal(random);
+struct Case {
+  static constexpr uint TILE_WORDS = 4 * HALF_BITS;
+  uint columns, rows, row_stride;
+  std::vector<uint4> stored;
+  std::vector<uint4> x;
+  std::vector<float> sums;
 
-  std::vector<uint4> memory(BLOCKS * 129 * 4 / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});
-  float sums[TILES * 16];
-  Warp lanes;
-  warp = &lanes;
-  std::vector<std::thread> threads;
-  for (uint lane = 0; lane < SIMD_WIDTH; ++lane)
-    threads.emplace_back([&, lane] {
-      own_lane = lane;
-      const CudaRotatedRow row(reinterpret_cast<float*>(memory.data()), BLOCKS);
-      for (uint block = 0; block < BLOCKS; ++block) {
-        const float* from = &x[block * 128 + lane * 4];
-        const float value[4] = {from[0], from[1], from[2], from[3]};
-        row.store(block, lane, value);
+  Case(uint columns, uint rows, float scale)
+      : columns(columns), rows(rows), row_stride((columns + 1) * TILE_WORDS), stored(K / 16 * row_stride / 4),
+        x(rows * K / 4), sums(rows * columns * 16, NAN) {
+    std::mt19937 random(HALF_BITS * 4 + CODEBOOK + rows);
+    std::normal_distribution<float> normal;
+    for (uint4& four : stored)
+      four = {uint(random()), uint(random()), uint(random()), uint(random())};
+    for (uint i = 0; i < rows * K; ++i)
+      row(0)[i] = scale * normal(random);
+  }
+
+  const uint* codes() const { return reinterpret_cast<const uint*>(stored.data()); }
+  float* row(uint r) { return reinterpret_cast<float*>(x.data()) + r * K; }
+
+  /// The largest error of a sum, relative to the sum of its terms' magnitudes.
+  double error() {
+    double largest = 0;
+    for (uint n = 0; n < columns * 16; ++n) {
+      std::vector<double> weight(K);
+      for (uint k = 0; k < K; ++k)
+        weight[k] = weight_of(codes() + k / 16 * row_stride + n / 16 * TILE_WORDS, HALF_BITS, CODEBOOK, k % 16, n % 16);
+      for (uint r = 0; r < rows; ++r) {
+        double sum = 0, magnitude = 0;
+        for (uint k = 0; k < K; ++k) {
+          sum += weight[k] * row(r)[k];
+          magnitude += std::fabs(weight[k] * row(r)[k]);
+        }
+        const double error = std::fabs(sums[r * columns * 16 + n] - sum) / magnitude;
+        largest = error <= largest ? largest : error; // NaN is the largest
       }
-      lanes.barrier.arrive_and_wait();
-      float sum[TILES][2];
-      row.multiply<HALF_BITS, CODEBOOK, TILES>(codes, ROW_STRIDE, BLOCKS, lane, sum);
-      if (lane % 4 == 0)
-        for (uint tile = 0; tile < TILES; ++tile)
-          for (uint h = 0; h < 2; ++h)
-            sums[tile * 16 + lane / 4 + 8 * h] = sum[tile][h];
+    }
+    return largest;
+  }
+};
+
+/// run(warp, lane) in a thread for each lane.
+template <typename Run>
+void run_warps(uint count, Run run) {
+  std::vector<Warp> warps(count);
+  std::barrier<> all(count * SIMD_WIDTH);
+  threadgroup = &all;
+  std::vector<std::thread> threads;
+  for (uint i = 0; i < count * SIMD_WIDTH; ++i)
+    threads.emplace_back([&, i] {
+      warp = &warps[i / SIMD_WIDTH], own_lane = i % SIMD_WIDTH;
+      run(i / SIMD_WIDTH, own_lane);
     });
   for (std::thread& thread : threads)
     thread.join();
+}
 
-  double largest = 0;
-  for (uint n = 0; n < TILES * 16; ++n) {
-    double sum = 0, magnitude = 0;
-    for (uint k = 0; k < BLOCKS * 128; ++k) {
-      const uint* tile = codes + k / 16 * ROW_STRIDE + n / 16 * TILE_WORDS;
-      const double term = weight_of(tile, HALF_BITS, CODEBOOK, k % 16, n % 16) * x[k];
-      sum += term;
-      magnitude += std::fabs(term);
+template <uint HALF_BITS, uint CODEBOOK>
+double error_of(float scale) {
+  Case<HALF_BITS, CODEBOOK> one(TILES, 1, scale);
+
+  std::vector<uint4> memory(BLOCKS * 129 * 4 / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});
+  run_warps(1, [&](uint, uint lane) {
+    const CudaRotatedRow row(reinterpret_cast<float*>(memory.data()), BLOCKS);
+    for (uint block = 0; block < BLOCKS; ++block) {
+      const float* from = one.row(0) + block * 128 + lane * 4;
+      const float value[4] = {from[0], from[1], from[2], from[3]};
+      row.store(block, lane, value);
     }
-    const double error = std::fabs(sums[n] - sum) / magnitude;
-    largest = error <= largest ? largest : error; // NaN is the largest
-  }
-  return largest;
+    __syncthreads();
+    float sum[TILES][2];
+    row.multiply<HALF_BITS, CODEBOOK, TILES>(one.codes(), one.row_stride, BLOCKS, lane, sum);
+    if (lane % 4 == 0)
+      for (uint tile = 0; tile < TILES; ++tile)
+        for (uint h = 0; h < 2; ++h)
+          one.sums[tile * 16 + lane / 4 + 8 * h] = sum[tile][h];
+  });
+  return one.error();
+}
+
+/// `count` of ROWS rows.
+template <uint HALF_BITS, uint CODEBOOK, uint ROWS>
+double error_of_rows(uint count) {
+  constexpr uint WARPS = 4;
+  using Product = CudaTrellisRows<ROWS, WARPS, TILES>;
+  Case<HALF_BITS, CODEBOOK> one(WARPS * TILES, count, 1);
+  std::vector<uint4> memory(Product::BYTES / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});
+  run_warps(WARPS, [&](uint warp, uint lane) {
+    const Product product(reinterpret_cast<float*>(memory.data()));
+    float sum[TILES][ROWS / 4][2];
+    product.template multiply<HALF_BITS, CODEBOOK>(
+        one.codes(), one.row_stride, BLOCKS, [&](uint r) { return one.row(r); }, count, warp, lane, sum);
+    for (uint i = 0; i < TILES; ++i)
+      for (uint f = 0; f < ROWS / 4; ++f)
+        for (uint h = 0; h < 2; ++h)
+          if (const uint r = 4 * f + lane % 4; r < count)
+            one.sums[(r * WARPS * TILES + warp * TILES + i) * 16 + lane / 4 + 8 * h] = sum[i][f][h];
+  });
+  return one.error();
 }
 
 constexpr double ROUNDING = 5e-7; // of fp32 sums, and of 22 bits of x
@@ -256,29 +309,31 @@ TEST(TrellisProduct, SmallAndLargeInputs) {
   EXPECT_LT((error_of<8, CUDA_TRELLIS_MUL1>(1e20f)), ROUNDING);
 }
 
+TEST(TrellisProduct, TilesOfRows) {
+  EXPECT_LT((error_of_rows<8, CUDA_TRELLIS_MUL1, 4>(4)), ROUNDING);
+  EXPECT_LT((error_of_rows<6, CUDA_TRELLIS_MUL1, 4>(3)), ROUNDING);
+  EXPECT_LT((error_of_rows<6, CUDA_TRELLIS_MCG, 8>(8)), ROUNDING);
+  EXPECT_LT((error_of_rows<7, CUDA_TRELLIS_MUL1, 8>(5)), ROUNDING);
+  EXPECT_LT((error_of_rows<8, CUDA_TRELLIS_3INST, 16>(16)), ROUNDING);
+  EXPECT_LT((error_of_rows<9, CUDA_TRELLIS_MUL1, 16>(9)), ROUNDING);
+}
+
 /// Every state: a warp decodes 256 of them at a time.
 template <uint CODEBOOK>
 uint wrong_values() {
   constexpr uint WORDS = 1 << 16;
   std::vector<uint16_t> values(WORDS);
-  Warp lanes;
-  warp = &lanes;
-  std::vector<std::thread> threads;
-  for (uint lane = 0; lane < SIMD_WIDTH; ++lane)
-    threads.emplace_back([&, lane] {
-      own_lane = lane;
-      const TrellisValues<CODEBOOK> decoder(lane);
-      for (uint first = lane * 8; first < WORDS; first += SIMD_WIDTH * 8) {
-        uint32_t state[8], value[4];
-        for (uint i = 0; i < 8; ++i)
-          state[i] = (first + i) * 0x10001u;
-        decoder(state, value);
-        for (uint i = 0; i < 8; ++i)
-          values[first + i] = half_of(value[i / 2], i % 2);
-      }
-    });
-  for (std::thread& thread : threads)
-    thread.join();
+  run_warps(1, [&](uint, uint lane) {
+    const TrellisValues<CODEBOOK> decoder(lane);
+    for (uint first = lane * 8; first < WORDS; first += SIMD_WIDTH * 8) {
+      uint32_t state[8], value[4];
+      for (uint i = 0; i < 8; ++i)
+        state[i] = (first + i) * 0x10001u;
+      decoder(state, value);
+      for (uint i = 0; i < 8; ++i)
+        values[first + i] = half_of(value[i / 2], i % 2);
+    }
+  });
   uint wrong = 0;
   for (uint state = 0; state < WORDS; ++state)
     wrong += half_value(values[state]) != codebook_value(CODEBOOK, state);

@@ -176,11 +176,11 @@ struct TrellisValues<CUDA_TRELLIS_MUL1> {
   }
 };
 
-/// sum += runs RUN to 3 of a lane's columns times x, the lane's eight words: inputs 2j, 2j + 1 and 2j + 8, 2j + 9 of
-/// its tile in words 2j and 2j + 1.
-template <uint HALF_BITS, uint CODEBOOK, uint RUN = 0, uint COUNT>
-METAL_FUNC void trellis_multiply_add(float (&sum)[4], const uint32_t (&stream)[COUNT], const uint32_t (&x)[8],
-                                     const TrellisValues<CODEBOOK>& values) {
+/// sum[f] += runs RUN to 3 of a lane's columns times x[f], the lane's eight words: inputs 2j, 2j + 1 and 2j + 8, 2j + 9
+/// of its tile in words 2j and 2j + 1.
+template <uint HALF_BITS, uint CODEBOOK, uint RUN = 0, uint COUNT, uint FRAGMENTS>
+METAL_FUNC void trellis_multiply_add(float (&sum)[FRAGMENTS][4], const uint32_t (&stream)[COUNT],
+                                     const uint32_t (&x)[FRAGMENTS][8], const TrellisValues<CODEBOOK>& values) {
   const uint32_t state[8] = {
       trellis_state_twice<HALF_BITS, 8 * RUN>(stream),     trellis_state_twice<HALF_BITS, 8 * RUN + 1>(stream),
       trellis_state_twice<HALF_BITS, 8 * RUN + 2>(stream), trellis_state_twice<HALF_BITS, 8 * RUN + 3>(stream),
@@ -189,13 +189,50 @@ METAL_FUNC void trellis_multiply_add(float (&sum)[4], const uint32_t (&stream)[C
   uint32_t value[4];
   values(state, value);
   const uint32_t a[4] = {value[0], value[2], value[1], value[3]}; // output g + 8 is of the last four
-  multiply_add_fragments(half{}, sum, a, x[2 * RUN], x[2 * RUN + 1]);
+#pragma unroll
+  for (uint f = 0; f < FRAGMENTS; ++f)
+    multiply_add_fragments(half{}, sum[f], a, x[f][2 * RUN], x[f][2 * RUN + 1]);
   if constexpr (RUN < 3)
     trellis_multiply_add<HALF_BITS, CODEBOOK, RUN + 1>(sum, stream, x, values);
 }
 
-/// A row of x in shared memory, as the second factor: RotatedRow of moe/rotated_row.h. 16 bytes (step, part, q,
-/// column) are words 4 * part to 4 * part + 3 of tile 4 * step + q, then follow the factors of blocks of 128.
+/// Splits a block of 128 of a row of x into columns 2 * row and 2 * row + 1 of a second factor in shared memory. 16
+/// bytes (step, part, q, column) of it are words 4 * part to 4 * part + 3 of tile 4 * step + q. A lane has four
+/// consecutive values. The factor of the block, in all lanes.
+template <uint COLUMNS>
+METAL_FUNC float store_trellis_block(uint4* words, uint block, uint row, uint lane, const float (&value)[4]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (uint i = 0; i < 4; ++i)
+    largest = max(largest, __builtin_bit_cast(uint32_t, value[i]) & 0x7FFFFFFFu);
+  // The power of two that takes the largest value to 2^14 or just above, of those whose inverse is normal as well.
+  const uint32_t exponent = min(268u - (__reduce_max_sync(ALL_LANES, largest) >> 23), 253u);
+  const float scale = __builtin_bit_cast(float, exponent << 23);
+  uint16_t part[2][4];
+#pragma unroll
+  for (uint i = 0; i < 4; ++i) {
+    const half high = half(value[i] * scale);
+    const half low = half((value[i] * scale - float(high)) * 2048.0f);
+    part[0][i] = high.bits, part[1][i] = low.bits;
+  }
+  const uint tile = lane / 4, quarter = lane % 4;
+  uint32_t* to = reinterpret_cast<uint32_t*>(
+      words + (((2 * block + tile / 4) * 2 + quarter % 2) * 4 + tile % 4) * COLUMNS + 2 * row);
+#pragma unroll
+  for (uint column = 0; column < 2; ++column) {
+    to[4 * column + quarter / 2] = part[column][0] | uint32_t(part[column][1]) << 16;
+    to[4 * column + quarter / 2 + 2] = part[column][2] | uint32_t(part[column][3]) << 16;
+  }
+  return __builtin_bit_cast(float, (254u - exponent) << 23);
+}
+
+/// sum of a row = factor times the sum of its two columns.
+METAL_FUNC float trellis_row_sum(float factor, float high, float low) {
+  return factor * (high + low * (1.0f / 2048.0f));
+}
+
+/// A row of x in shared memory, as the second factor, then the factors of blocks of 128: RotatedRow of
+/// moe/rotated_row.h.
 struct CudaRotatedRow {
   static constexpr uint BLOCK = 128;
   uint4* words;
@@ -205,29 +242,9 @@ struct CudaRotatedRow {
       : words(reinterpret_cast<uint4*>(memory)), factor(memory + blocks * BLOCK) {}
 
   METAL_FUNC void store(uint block, uint lane, const float (&value)[4]) const {
-    uint32_t largest = 0;
-#pragma unroll
-    for (uint i = 0; i < 4; ++i)
-      largest = max(largest, __builtin_bit_cast(uint32_t, value[i]) & 0x7FFFFFFFu);
-    // The power of two that takes the largest value to 2^14 or just above, of those whose inverse is normal as well.
-    const uint32_t exponent = min(268u - (__reduce_max_sync(ALL_LANES, largest) >> 23), 253u);
-    const float scale = __builtin_bit_cast(float, exponent << 23);
-    uint16_t part[2][4];
-#pragma unroll
-    for (uint i = 0; i < 4; ++i) {
-      const half high = half(value[i] * scale);
-      const half low = half((value[i] * scale - float(high)) * 2048.0f);
-      part[0][i] = high.bits, part[1][i] = low.bits;
-    }
-    const uint tile = lane / 4, quarter = lane % 4;
-    uint32_t* to = reinterpret_cast<uint32_t*>(words + (2 * block + tile / 4) * 16 + quarter % 2 * 8 + tile % 4 * 2);
-#pragma unroll
-    for (uint column = 0; column < 2; ++column) {
-      to[4 * column + quarter / 2] = part[column][0] | uint32_t(part[column][1]) << 16;
-      to[4 * column + quarter / 2 + 2] = part[column][2] | uint32_t(part[column][3]) << 16;
-    }
+    const float of_block = store_trellis_block<2>(words, block, 0, lane, value);
     if (lane == 0)
-      factor[block] = __builtin_bit_cast(float, (254u - exponent) << 23);
+      factor[block] = of_block;
   }
 
   /// RotatedRow::multiply: sum[i] of column i of tiles, in lanes with q = 0 for outputs g and g + 8.
@@ -250,14 +267,11 @@ struct CudaRotatedRow {
         ahead[s][i].load(from + s * size_t(4 * row_stride) + i * TILE_WORDS, g);
     for (uint block = 0; block < blocks; ++block) {
       from += size_t(8) * row_stride;
-      float part[TILES][4];
-#pragma unroll
-      for (uint i = 0; i < TILES; ++i)
-        part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0.0f;
+      float part[TILES][1][4] = {};
 #pragma unroll
       for (uint s = 0; s < 2; ++s) {
         const uint4 first = x[0], second = x[8];
-        const uint32_t fragment[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+        const uint32_t fragment[1][8] = {{first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w}};
         x += 16;
         uint32_t stream[TILES][WORDS + 2];
 #pragma unroll
@@ -273,8 +287,8 @@ struct CudaRotatedRow {
       }
 #pragma unroll
       for (uint i = 0; i < TILES; ++i) {
-        sum[i][0] += factor[block] * (part[i][0] + part[i][1] * (1.0f / 2048.0f));
-        sum[i][1] += factor[block] * (part[i][2] + part[i][3] * (1.0f / 2048.0f));
+        sum[i][0] += trellis_row_sum(factor[block], part[i][0][0], part[i][0][1]);
+        sum[i][1] += trellis_row_sum(factor[block], part[i][0][2], part[i][0][3]);
       }
     }
   }
