@@ -67,6 +67,7 @@ struct Thread {
   void* stack;
   State state;
   const char* operation; // where state is Exchange
+  bool ahead;            // of the end of the dispatch in front
   ThreadContext context;
 };
 
@@ -83,7 +84,18 @@ struct Simdgroup {
 
 /// Why a thread cannot go on. Put into words on the main stack: that of the thread may be all but used up.
 struct Fault {
-  enum class Kind { None, OutOfBounds, ReadOnly, OtherStack, StackOverflow, Race, OtherOperation, ExchangeTooLong };
+  enum class Kind {
+    None,
+    OutOfBounds,
+    ReadOnly,
+    OtherStack,
+    StackOverflow,
+    Race,
+    EarlyRead,
+    EarlyWrite,
+    OtherOperation,
+    ExchangeTooLong
+  };
   Kind kind = Kind::None;
   uintptr_t address = 0; // of the access
   size_t bytes = 0;      // of the access or exchange
@@ -102,6 +114,7 @@ public:
   const void* const* exchange(const char* operation, const void* value, size_t bytes);
   uint32_t lane() const { return current_ % simd_width_; }
   void access(uintptr_t address, size_t bytes, Access access);
+  void work_ahead(bool ahead);
 
 private:
   static void fiber_entry();
@@ -117,6 +130,8 @@ private:
   /// Abandons all fibers and returns to run_threadgroup.
   [[noreturn]] void fail(const Fault& fault);
   [[noreturn]] void fail_access(Fault::Kind kind, uintptr_t address, size_t bytes, Access access);
+  void access_early(uintptr_t address, size_t bytes, Access access, const AccessMap::Region& region);
+  void remember_writes();
   void access_unusual(uintptr_t address, size_t bytes, Access access, const AccessMap::Region* region);
 
   std::string who(uint32_t thread) const;
@@ -149,6 +164,12 @@ private:
   uint32_t returned_ = 0;
   uint32_t in_barrier_ = 0;
   uint32_t barrier_memory_ = 0;
+  uint32_t ahead_ = 0; // threads that work ahead of the end of the dispatch in front
+
+  struct Range {
+    uintptr_t begin, end;
+  };
+  std::vector<Range> written_; // what the dispatch in front may have written
 
   std::vector<void*> tables_;
   std::vector<std::byte> values_;
@@ -190,7 +211,19 @@ std::string Runner::run(const Dispatch& dispatch, uint32_t sequence) {
       break;
   }
   active = nullptr;
+  remember_writes();
   return failure_.empty() ? "" : std::string("kernel '") + dispatch.kernel->name + "': " + failure_;
+}
+
+void Runner::remember_writes() {
+  written_.clear();
+  for (uint32_t i = 0; i < dispatch_->kernel->argument_count; ++i) {
+    const KernelArgument& argument = dispatch_->kernel->arguments[i];
+    if (argument.kind != ArgumentKind::Buffer || !argument.writable)
+      continue;
+    const auto begin = reinterpret_cast<uintptr_t>(dispatch_->arguments.buffers[argument.index]);
+    written_.push_back({begin, begin + dispatch_->buffer_bytes[argument.index]});
+  }
 }
 
 void Runner::place_threadgroup_memory() {
@@ -258,13 +291,14 @@ void Runner::start_threads(uint32_t index) {
   for (uint32_t i = 0; i < count; ++i) {
     threads_[i].context.threadgroup_position_in_grid = position_in_grid;
     threads_[i].stack = stacks_.begin(i, fiber_entry);
+    threads_[i].ahead = false;
     make_runnable(i);
   }
   for (uint32_t i = 0; i < simdgroups_.size(); ++i) {
     const uint32_t first = i * simd_width_, threads = std::min(simd_width_, count - first);
     simdgroups_[i] = {first, threads, threads, 0, 0, 0, nullptr, 0, 0};
   }
-  returned_ = in_barrier_ = 0;
+  returned_ = in_barrier_ = ahead_ = 0;
 }
 
 void Runner::fiber_entry() {
@@ -391,6 +425,8 @@ void Runner::access(uintptr_t address, size_t bytes, Access access) {
     access_unusual(address, bytes, access, region);
     return;
   }
+  if (ahead_ > 0 && threads_[current_].ahead) [[unlikely]]
+    access_early(address, bytes, access, *region);
   if (!region->shadow)
     return;
   const Race race = races_.access(*region->shadow, address, bytes, access, current_);
@@ -401,6 +437,23 @@ void Runner::access(uintptr_t address, size_t bytes, Access access) {
           .access = access,
           .race = race,
           .operation = nullptr});
+}
+
+void Runner::work_ahead(bool ahead) {
+  ahead_ += uint32_t(ahead) - uint32_t(threads_[current_].ahead);
+  threads_[current_].ahead = ahead;
+}
+
+/// An access by a thread that works ahead of the end of the dispatch in front.
+void Runner::access_early(uintptr_t address, size_t bytes, Access access, const AccessMap::Region& region) {
+  if (access != Access::Read) {
+    if (region.shadow && region.shadow->kind() == MemoryKind::Device)
+      fail_access(Fault::Kind::EarlyWrite, address, bytes, access);
+    return;
+  }
+  for (const Range& range : written_)
+    if (address < range.end && address + bytes > range.begin)
+      fail_access(Fault::Kind::EarlyRead, address, bytes, access);
 }
 
 /// An access that lies in no one region, or writes what may only be read.
@@ -442,6 +495,10 @@ std::string Runner::describe(const Fault& fault) const {
     return access() + ": out of bounds";
   case Fault::Kind::ReadOnly:
     return access() + ": the argument is read-only";
+  case Fault::Kind::EarlyRead:
+    return access() + ", which the kernel before may have written, ahead of wait_for_previous_kernel()";
+  case Fault::Kind::EarlyWrite:
+    return access() + " ahead of wait_for_previous_kernel()";
   case Fault::Kind::OtherStack:
     return who(current_) + " accessed the thread memory of another thread";
   case Fault::Kind::StackOverflow:
@@ -530,6 +587,7 @@ const ExactServices& exact_services() {
         if (active) // instrumented code also runs when a library is loaded
           active->access(reinterpret_cast<uintptr_t>(address), bytes, access);
       },
+      [](bool ahead) { active->work_ahead(ahead); },
   };
   return services;
 }

@@ -11,7 +11,7 @@
 
 namespace metal_sim {
 
-constexpr uint32_t KERNEL_LIBRARY_ABI = 2;
+constexpr uint32_t KERNEL_LIBRARY_ABI = 3;
 constexpr uint32_t MAX_BUFFERS = 31; // Metal's limit of buffer indices
 constexpr uint32_t MAX_THREADGROUP_ARGUMENTS = 31;
 
@@ -95,6 +95,10 @@ struct ExactServices {
   /// A kernel is about to read or write `bytes` at `address` (called by the compiler's memory instrumentation). Does
   /// not return where that is an error.
   void (*access)(const void* address, size_t bytes, Access access);
+  /// This thread works ahead of the end of the dispatch in front, or has waited for it: see
+  /// kernels/tiles/early_start.h. Ahead of it a thread may neither write memory of the device nor read what that
+  /// dispatch may have written.
+  void (*work_ahead)(bool ahead);
 };
 
 struct KernelLibrary {

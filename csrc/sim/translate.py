@@ -33,6 +33,7 @@ from msl_reader import (
     Source,
     Target,
     TranslationError,
+    Waits,
     read,
 )
 
@@ -78,6 +79,9 @@ def entry_point(number: int, instance: Instance, constants: int) -> str:
             )
     arguments = ",\n                ".join(call)
     values = "  metal_sim::constant_values = arguments.constants;\n" if constants else ""
+    before = after = ""
+    if instance.kernel.waits is not Waits.AT_ENTRY:
+        before, after = (f"  METAL_SIM_WORK_AHEAD({ahead});\n" for ahead in ("true", "false"))
     constant_list = "constant_table" if constants else "nullptr"
     listing, count = "nullptr", len(table)
     declared = ""
@@ -90,8 +94,8 @@ using Parameters{number} = metal_sim::Parameters<decltype(&{instance.function})>
 METAL_SIM_UNCHECKED void entry{number}([[maybe_unused]] const metal_sim::KernelArguments& arguments,
                                        [[maybe_unused]] const metal_sim::ThreadContext& context) {{
   using P [[maybe_unused]] = Parameters{number};
-{values}  {instance.function}({arguments});
-}}
+{values}{before}  {instance.function}({arguments});
+{after}}}
 {declared}}} // namespace
 METAL_SIM_KERNEL({instance.host_name}, entry{number}, {listing}, {count}, {instance.kernel.max_threads},
                  {constant_list}, {constants})

@@ -7,15 +7,15 @@
 //    kernel lets the next one start only when its own wait is over. Which kernel that is, is known inside an operation
 //    (down after gate_up) and not at its beginning: there anyone may just have written the operation's tensors.
 //  - not write: the kernel before may still read what an engine gives to this one.
-// A thread writes, and reads what the kernel before has written, only after its own call. On other engines, whose
-// kernels never overlap, the functions are empty.
+// A thread writes, and reads what the kernel before has written, only after its own call. On engines whose kernels
+// never overlap the functions are empty; `exact` holds kernels to these rules.
 #pragma once
 #include "simd.h"
 
 /// Returns when the kernel before has ended and its results are in memory. Any thread may call it, any number of times;
 /// a thread that returns without a call waits then.
 inline void wait_for_previous_kernel() {
-#ifdef METAL_SIM_CUDA
+#if defined(METAL_SIM_CUDA) || defined(METAL_SIM_EXACT)
   metal_sim::wait_for_previous_kernel();
 #endif
 }

@@ -105,6 +105,13 @@ METAL_FUNC Size3 threads_per_grid(const ThreadContext& context) {
 #include "cuda_entry.h"
 #else
 
+// Of a kernel that begins before the one in front of it has ended.
+#ifdef METAL_SIM_EXACT
+#define METAL_SIM_WORK_AHEAD(AHEAD) metal_sim::exact_work_ahead(AHEAD)
+#else
+#define METAL_SIM_WORK_AHEAD(AHEAD) static_cast<void>(0)
+#endif
+
 // The linker gathers these pointers into one array; kernel_table.cpp gives it to the engine. An external name per
 // kernel makes two kernels of one name a link error.
 #define METAL_SIM_KERNEL(NAME, ENTRY, ARGUMENTS, COUNT, MAX_THREADS, CONSTANTS, CONSTANT_COUNT)                        \

@@ -19,5 +19,9 @@ uint32_t exact_lane();
 uint64_t exact_exchange(const char* operation, const void* value, size_t bytes, void* all);
 /// The same, but copies only what `lane` published. False, and `result` untouched, if that lane took no part.
 bool exact_exchange_one(const char* operation, const void* value, size_t bytes, uint32_t lane, void* result);
+/// Whether this thread works ahead of the end of the dispatch in front.
+void exact_work_ahead(bool ahead);
+
+METAL_FUNC void wait_for_previous_kernel() { exact_work_ahead(false); }
 
 } // namespace metal_sim

@@ -24,6 +24,7 @@ namespace metal_sim {
 
 void exact_threadgroup_barrier(uint32_t memory) { metal_sim_services->threadgroup_barrier(memory); }
 void exact_simdgroup_barrier(uint32_t memory) { metal_sim_services->simdgroup_barrier(memory); }
+void exact_work_ahead(bool ahead) { metal_sim_services->work_ahead(ahead); }
 uint32_t exact_lane() { return metal_sim_services->lane(); }
 
 uint64_t exact_exchange(const char* operation, const void* value, size_t bytes, void* all) {
