@@ -6,6 +6,7 @@ import torch
 from cases import DTYPES, ENGINES, FAMILIES, Layer, assert_close, make_layer
 from metal_moe.formats import QuantizedExperts
 from test_quantized import check
+from test_trellis_kernels import CODES
 from test_trellis_layer import MIXES, experts, pair
 
 # Tokens beyond a row tile of each family; decode takes one after the other.
@@ -79,6 +80,19 @@ def test_every_family(use_engine, engine, family, where):
         layer = make_layer(TOKENS[family], 128, 256, 3, 2, dtype, bias=True, routing="dropped")
         check(layer, *in_trellis(layer, where, mix="experts_differ"), kernel=family)
         check_kernels(family, where)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_code_in_every_family(use_engine, engine, family):
+    """Each rate with each codebook that it has, an expert each, of which every token uses three."""
+    use_engine(engine)
+    for first in range(0, len(CODES), 3):
+        codes = (CODES + CODES[:3])[first : first + 3]
+        layer = make_layer(TOKENS[family] // 2 + 1, 128, 128, 3, 3, torch.float32)
+        w1 = pair([experts(128, 128, codes, first + side, 3) for side in (1, 2)])
+        check(layer, w1, experts(128, 128, codes, first, 3), kernel=family)
+        check_kernels(family, "both")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
