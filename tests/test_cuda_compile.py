@@ -122,11 +122,11 @@ def test_specialised_kernels_hold_their_decoders_alone(kernel, codes):
         ("down_quantized_large_batch_fp32acc_m16_bf16", 32),
     ],
 )
-def test_packed_products(architecture, kernel, group_size):
+@pytest.mark.parametrize("short_rows", [0, 1 << 20], ids=["long", "short"])  # CODE_SHORT_ROWS
+def test_packed_products(architecture, kernel, group_size, short_rows):
     """4-bit affine codes become operands of matrix instructions where these are and threadgroup memory suffices."""
-    constants = (
-        {0: affine(4, group_size), 1: affine(4, group_size)} if "gate_up" in kernel else {0: affine(4, group_size)}
-    )
+    code = affine(4, group_size) | short_rows
+    constants = {0: code, 1: code} if "gate_up" in kernel else {0: code}
     assert kernel.encode() in _core.compile_cuda_kernel(str(LIBRARY), kernel, architecture, constants)
 
 

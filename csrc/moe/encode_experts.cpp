@@ -126,19 +126,22 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
   const Tuning& tuning = engine.tuning(tuned_layer(shape));
   const uint64_t assignments = uint64_t(shape.tokens) * shape.top_k;
-  const Family family = layer.family      ? requested_family(layer, shape, fp32_accumulation)
-                        : layer.trellis() ? select_trellis_family(tuning, shape.tokens, assignments, shape.experts)
-                                          : select_family(tuning, shape.tokens, assignments);
-  ExpertsPacking packing{};
-  packing.codes = layer.codes();
-  if (shape.tokens == 0)
-    return packing;
   if (tuning.packed_products) {
     const auto group = [&](uint32_t code) { return code_is_packed(code, x.item_size) ? code_group_size(code) : 0; };
     if (!shape.gated || layer.gate.code == layer.up.code)
       shape.packed_gate_up_group = group(layer.gate.code);
     shape.packed_down_group = group(layer.down.code);
   }
+  Family family = layer.trellis() ? select_trellis_family(tuning, shape.tokens, assignments, shape.experts)
+                                  : select_family(tuning, shape.tokens, assignments);
+  if (shape.packed_gate_up_group && shape.packed_down_group)
+    family = select_packed_family(tuning, family, assignments, shape.experts);
+  if (layer.family)
+    family = requested_family(layer, shape, fp32_accumulation);
+  ExpertsPacking packing{};
+  packing.codes = layer.codes();
+  if (shape.tokens == 0)
+    return packing;
   const ExpertsPlan& plan = packing.plan = plan_experts(tuning, family, shape, fp32_accumulation);
 
   ExpertsArgs& args = packing.args;

@@ -1,5 +1,8 @@
 #include "engine.h"
 
+#include "formats/matrix_code.h"
+#include "moe/experts.h"
+
 #include <utility>
 
 namespace metal_moe {
@@ -77,8 +80,11 @@ MoeEngine& MoeEngine::get(std::string_view name) {
 
 const Pipeline& MoeEngine::build_pipeline(KernelIndex kernel, const FunctionConstants& codes) {
   const KernelEntry& entry = kernel_table()[kernel];
+  uint32_t simdgroups = kernel_simdgroups(entry);
+  if (tuning_.packed_products && is_packed_down_decode(entry, codes.values[0]))
+    simdgroups = packed_down_simdgroups(code_short_rows(codes.values[0]));
   return context_.pipelines().get(
-      kernel, {entry.name.c_str(), kernel_simdgroups(entry), coded_matrices(entry) != 0, specialized_label}, codes);
+      kernel, {entry.name.c_str(), simdgroups, coded_matrices(entry) != 0, specialized_label}, codes);
 }
 
 void MoeEngine::set_library_path(std::string path) {

@@ -1,6 +1,7 @@
 #include "experts_encoding.h"
 
 #include "../core/trace.h"
+#include "formats/matrix_code.h"
 #include "moe/combine.h"
 #include "moe/group.h"
 
@@ -15,9 +16,12 @@ uint32_t gemv_blocks(const Pipeline& pipeline, uint32_t columns, uint32_t per_si
 
 /// What a product's pipeline was compiled for.
 void record_gate_up_codes(const Pipeline& pipeline) {
-  std::copy_n(pipeline.constants.values.begin(), 2, last_dispatch().codes.begin());
+  for (size_t i = 0; i < 2; ++i)
+    last_dispatch().codes[i] = pipeline.constants.values[i] & ~CODE_SHORT_ROWS;
 }
-void record_down_code(const Pipeline& pipeline) { last_dispatch().codes[2] = pipeline.constants.values[0]; }
+void record_down_code(const Pipeline& pipeline) {
+  last_dispatch().codes[2] = pipeline.constants.values[0] & ~CODE_SHORT_ROWS;
+}
 
 } // namespace
 
@@ -70,9 +74,13 @@ uint32_t ExpertsEncoding::down_weights() {
   return index;
 }
 
+FunctionConstants ExpertsEncoding::gate_up_codes() const {
+  return {{layer.gate.code | plan.gate_up_code_flags, layer.up.code | plan.gate_up_code_flags}};
+}
+
 void ExpertsEncoding::gate_up_decode(const BufferView& h) {
   const LayerShape& shape = plan.shape;
-  const Pipeline& pipeline = engine.pipeline(plan.gate_up, {{layer.gate.code, layer.up.code}});
+  const Pipeline& pipeline = engine.pipeline(plan.gate_up, gate_up_codes());
   record_gate_up_codes(pipeline);
   stream.use(pipeline);
   stream.bind(0, x.view());
@@ -87,7 +95,7 @@ void ExpertsEncoding::gate_up_decode(const BufferView& h) {
 
 void ExpertsEncoding::down_decode(const BufferView& h) {
   const LayerShape& shape = plan.shape;
-  const Pipeline& pipeline = engine.pipeline(plan.down, {{layer.down.code}});
+  const Pipeline& pipeline = engine.pipeline(plan.down, {{layer.down.code | plan.down_code_flags}});
   record_down_code(pipeline);
   stream.use(pipeline);
   stream.bind(0, h);
@@ -98,17 +106,20 @@ void ExpertsEncoding::down_decode(const BufferView& h) {
   stream.bind(index++, out.view());
   stream.bind_value(index, args);
   stream.threadgroup_memory(0, plan.down_bytes);
-  const uint32_t columns = shape.packed_down_group ? PACKED_DECODE_COLUMNS
-                                                   : gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, pipeline.simd_width);
+  const bool packed = shape.packed_down_group != 0;
+  const uint32_t wanted =
+      packed ? packed_down_simdgroups(code_short_rows(plan.down_code_flags)) : DOWN_DECODE_SIMDGROUPS;
+  const uint32_t columns =
+      packed ? PACKED_DECODE_COLUMNS : gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, pipeline.simd_width);
   stream.dispatch(MTL::Size(ceil_div(shape.hidden, columns), shape.tokens, 1),
-                  simdgroups(DOWN_DECODE_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width,
+                  simdgroups(wanted, pipeline.simd_width) * pipeline.simd_width,
                   plan.down_weight_bytes + activation_bytes());
 }
 
 void ExpertsEncoding::gate_up_grouped(const GroupTables& tables, const BufferView& h) {
   args.tiles_from_ids = plan.tiles_from_ids;
   const bool gemv = plan.family == Family::Prefill4;
-  const Pipeline& pipeline = engine.pipeline(plan.gate_up, {{layer.gate.code, layer.up.code}});
+  const Pipeline& pipeline = engine.pipeline(plan.gate_up, gate_up_codes());
   record_gate_up_codes(pipeline);
   stream.use(pipeline);
   stream.bind(0, x.view());
@@ -132,7 +143,7 @@ void ExpertsEncoding::down_grouped(const GroupTables& tables, const BufferView& 
   args.tiles_from_ids = plan.tiles_from_ids;
   args.out_row_stride = shape.hidden;
   const bool gemv = plan.family == Family::Prefill4;
-  const Pipeline& pipeline = engine.pipeline(plan.down, {{layer.down.code}});
+  const Pipeline& pipeline = engine.pipeline(plan.down, {{layer.down.code | plan.down_code_flags}});
   record_down_code(pipeline);
   stream.use(pipeline);
   stream.bind(0, h);

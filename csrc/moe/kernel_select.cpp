@@ -58,6 +58,11 @@ Family select_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments
   return Family::LargeBatch;
 }
 
+Family select_packed_family(const Tuning& tuning, Family family, uint64_t assignments, uint32_t experts) {
+  const double rows = tuning.row_tile_per_mean_rows * static_cast<double>(assignments);
+  return family == Family::LargeBatch && rows <= double(BASE_ROW_TILE) * experts ? Family::Base : family;
+}
+
 Family select_trellis_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments, uint32_t experts) {
   if (tokens <= 1)
     return Family::Decode;

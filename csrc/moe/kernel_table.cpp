@@ -2,6 +2,7 @@
 
 #include "../core/pipeline_cache.h"
 #include "formats/dequantize_trellis.h"
+#include "formats/matrix_code.h"
 #include "linear/lora.h"
 #include "linear/matmul.h"
 #include "moe/combine.h"
@@ -129,6 +130,11 @@ uint32_t coded_matrices(const KernelEntry& kernel) {
   if (kernel.stage == Stage::TrellisDown)
     return 1;
   return !kernel.quantized ? 0 : kernel.stage == Stage::GateUp ? 2 : 1;
+}
+
+bool is_packed_down_decode(const KernelEntry& kernel, uint32_t code) {
+  return kernel.stage == Stage::Down && kernel.quantized && kernel.variant->family == Family::Decode &&
+         code_is_packed(code, kernel.dtype == Dtype::Fp32 ? 4 : 2);
 }
 
 uint32_t kernel_simdgroups(const KernelEntry& kernel) {

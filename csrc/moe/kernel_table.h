@@ -148,6 +148,9 @@ uint32_t coded_matrices(const KernelEntry& kernel);
 /// The most simdgroups of a threadgroup of the kernel, on a GPU.
 uint32_t kernel_simdgroups(const KernelEntry& kernel);
 
+/// Whether it is decode's down of a matrix with `code` as a packed product, where the device has those.
+bool is_packed_down_decode(const KernelEntry& kernel, uint32_t code);
+
 /// "moe_decode", ...; with "_fp32acc" for fp32 accumulation.
 const char* family_name(Family family, bool fp32_accumulation);
 const char* stage_name(Stage stage);

@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include "formats/matrix_code.h"
 #include "moe/group.h"
 
 #include <algorithm>
@@ -54,11 +55,15 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
 
   // Products with trellis weights have the smallest row tile of each family.
   const uint64_t routed_rows = shape.trellis ? 0 : uint64_t(shape.tokens) * shape.top_k;
-  const auto packs = [&](uint32_t row_tile, uint32_t group) {
-    return group && packs_tile(row_tile, group, tuning.threadgroup_bytes);
+  const uint32_t widest = std::max(shape.intermediate, shape.shared_intermediate);
+  const bool short_gate_up = shape.hidden <= PACKED_SHORT_COLUMNS;
+  bool short_down = widest <= PACKED_SHORT_COLUMNS;
+  const auto packed = [&](uint32_t row_tile, uint32_t group, bool short_rows) {
+    return group ? packed_tile(row_tile, group, short_rows, tuning.threadgroup_bytes) : PackedTile{};
   };
   Tuning own = tuning;
-  if (packs(PACKED_ROW_TILE, shape.packed_gate_up_group) && packs(PACKED_ROW_TILE, shape.packed_down_group) &&
+  if (packed(PACKED_ROW_TILE, shape.packed_gate_up_group, short_gate_up).fits &&
+      packed(PACKED_ROW_TILE, shape.packed_down_group, short_down).fits &&
       routed_rows <= uint64_t(PACKED_MEAN_ROWS) * shape.experts)
     own.largest_row_tile = PACKED_ROW_TILE;
   uint32_t variant = select_variant(own, family, routed_rows, shape.experts);
@@ -81,14 +86,15 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
                         plan.row_tile <= TILES_FROM_IDS_ROWS;
   plan.tiles = plan.grouped ? max_row_tiles(plan.rows, plan.row_tile, shape.experts + shape.shared) : 0;
 
-  const uint32_t widest = std::max(shape.intermediate, shape.shared_intermediate);
   const uint32_t tile_n = plan.variant->tile_n;
   // 8 elements of any dtype are whole vectors: rows of h stay aligned.
   plan.h_row_stride = size_argument("the intermediate size", ceil_div(widest, 8) * int64_t(8));
-  const bool packs_gate_up = plan.variant->matrix && packs(plan.row_tile, shape.packed_gate_up_group);
-  const bool packs_down = plan.variant->matrix && packs(plan.row_tile, shape.packed_down_group);
-  const uint32_t gate_up_n = packs_gate_up ? PACKED_TILE_N : tile_n;
-  const uint32_t down_n = packs_down ? PACKED_TILE_N : tile_n;
+  const PackedTile gate_up_tile = packed(plan.row_tile, shape.packed_gate_up_group, short_gate_up);
+  const PackedTile down_tile = packed(plan.row_tile, shape.packed_down_group, short_down);
+  const bool packs_gate_up = plan.variant->matrix && gate_up_tile.fits;
+  const bool packs_down = plan.variant->matrix && down_tile.fits;
+  const uint32_t gate_up_n = packs_gate_up ? gate_up_tile.threadgroup_n : tile_n;
+  const uint32_t down_n = packs_down ? down_tile.threadgroup_n : tile_n;
   plan.gate_up_blocks = ceil_div(widest, plan.variant->matrix && shape.gated ? gate_up_n / 2 : gate_up_n);
   plan.down_blocks = ceil_div(shape.hidden, down_n);
   if (plan.variant->matrix) {
@@ -96,12 +102,16 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
         plan.row_tile, plan.variant->stages_weights ? tile_n : 0,
         plan.variant->stages_weights && shape.dtype != Dtype::Fp32 ? tuning.threadgroup_pad_bytes : ROW_PAD_BYTES,
         tuning.threadgroup_bytes);
-    plan.gate_up_bytes = packs_gate_up ? packed_tile_bytes(plan.row_tile, shape.packed_gate_up_group) : bytes;
-    plan.down_bytes = packs_down ? packed_tile_bytes(plan.row_tile, shape.packed_down_group) : bytes;
+    plan.gate_up_bytes = packs_gate_up ? gate_up_tile.bytes : bytes;
+    plan.down_bytes = packs_down ? down_tile.bytes : bytes;
+  } else if (!plan.grouped && !shape.packed_down_group) {
+    plan.down_bytes = DOWN_DECODE_MEMORY_BYTES;
   } else if (!plan.grouped) {
-    plan.down_bytes =
-        shape.packed_down_group ? packed_down_decode_bytes(shape.packed_down_group) : DOWN_DECODE_MEMORY_BYTES;
+    short_down = short_down && packed_down_decode_bytes(shape.packed_down_group, true) <= tuning.threadgroup_bytes;
+    plan.down_bytes = packed_down_decode_bytes(shape.packed_down_group, short_down);
   }
+  plan.gate_up_code_flags = packs_gate_up && short_gate_up ? CODE_SHORT_ROWS : 0;
+  plan.down_code_flags = (packs_down || (!plan.grouped && shape.packed_down_group)) && short_down ? CODE_SHORT_ROWS : 0;
 
   const size_t item = shape.dtype == Dtype::Fp32 ? 4 : 2;
   plan.h_bytes = size_t(plan.rows) * plan.h_row_stride * item;

@@ -15,6 +15,9 @@ constexpr uint matrix_code(uint format, uint half_bits, uint group_size, uint co
   const uint group = uint(group_size >= 2 * 16) + uint(group_size >= 4 * 16) + uint(group_size >= 8 * 16);
   return format | half_bits << 4 | group << 11 | codebook << 14 | scale_type << 16 | uint(aligned) << 19;
 }
+/// Added to the codes that packed products of rows of few columns are compiled for: see PACKED_SHORT_COLUMNS.
+SHARED_CONSTANT uint CODE_SHORT_ROWS = 1u << 20;
+constexpr bool code_short_rows(uint code) { return (code & CODE_SHORT_ROWS) != 0; }
 constexpr uint code_format(uint code) { return code & 15; }
 constexpr uint code_half_bits(uint code) { return code >> 4 & 127; }
 constexpr uint code_group_size(uint code) { return 16u << (code >> 11 & 7); }

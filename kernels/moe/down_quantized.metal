@@ -9,6 +9,12 @@
 #include "gemv_quantized.h"
 #include "packed_product.h"
 
+#ifdef METAL_SIM_CUDA
+constexpr constant uint DOWN_MAX_SIMDGROUPS =
+    code_is_packed(FIRST_MATRIX, 2) ? packed_down_simdgroups(code_short_rows(FIRST_MATRIX)) : DOWN_LANE_SIMDGROUPS;
+#else
+constexpr constant uint DOWN_MAX_SIMDGROUPS = DOWN_LANE_SIMDGROUPS;
+#endif
 constexpr constant uint DOWN_DECODE_THREADGROUP_COLUMNS = gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, SIMD_WIDTH);
 
 /// total[i] = the part of column + i of out[token] that pieces first .. last - 1 are, in this lane: the K of the
@@ -78,7 +84,7 @@ inline void prefetch_quantized_share(thread const ExpertPart& routed, thread con
 }
 
 template <typename T>
-[[kernel, max_total_threads_per_threadgroup(DOWN_LANE_SIMDGROUPS* SIMD_WIDTH)]] void
+[[kernel, max_total_threads_per_threadgroup(DOWN_MAX_SIMDGROUPS* SIMD_WIDTH)]] void
 down_quantized_decode(device const T* h [[buffer(0)]], device const uchar* codes [[buffer(1)]],
                       device const uchar* scales [[buffer(2)]], device const uchar* biases [[buffer(3)]],
                       device const ExpertMatrix* table [[buffer(4)]], device const uchar* shared_codes [[buffer(5)]],
@@ -200,12 +206,7 @@ down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [
   if (tile.count == 0)
     return;
   using Tile = GemmTile<T, float, 1, ROW_TILE, TILE_N, true>;
-#ifdef METAL_SIM_CUDA
-  constexpr bool PACKED = is_packed_tile(FIRST_MATRIX, sizeof(T), ROW_TILE);
-#else
-  constexpr bool PACKED = false;
-#endif
-  const uint first_column = group.y * (PACKED ? PACKED_TILE_N : Tile::COLUMNS);
+  const uint first_column = group.y * tile_columns(FIRST_MATRIX, sizeof(T), ROW_TILE, 1, Tile::COLUMNS);
 
   QuantizedStager<T, 1, Tile::COLUMNS, Tile::K_TILE, typename Tile::Layout> weights;
   const bool is_routed = tile.expert < args.experts;

@@ -79,35 +79,65 @@ constexpr uint gemm_threadgroup_bytes(uint row_tile, uint weight_rows, uint pad_
 /// Threadgroup memory of decode's down: a sum per simdgroup and column.
 SHARED_CONSTANT uint DOWN_DECODE_MEMORY_BYTES = DOWN_DECODE_SIMDGROUPS * DOWN_DECODE_COLUMNS * 4;
 
-// Packed products (packed_product.h). Weight rows of a threadgroup: for one token (gate_up: of each matrix), and for a
-// tile of rows (gate_up: of both together). Its simdgroups share K and take so many columns of it at a time.
+// Packed products (packed_product.h). Rows of more columns keep all simdgroups of a threadgroup busy along K; of fewer
+// they take longer to begin and to end than to multiply. Kernels are compiled for the one or the other.
+SHARED_CONSTANT uint PACKED_SHORT_COLUMNS = 2048;
+// For one token: weight rows of a threadgroup (gate_up: of each matrix), columns that a simdgroup takes at a time, and
+// the slabs, of so many columns, that it has in threadgroup memory. Simdgroups share K.
 SHARED_CONSTANT uint PACKED_DECODE_COLUMNS = 16;
-SHARED_CONSTANT uint PACKED_TILE_N = 64;
 SHARED_CONSTANT uint PACKED_DECODE_SLAB = 256;
-SHARED_CONSTANT uint PACKED_TILE_SLAB = 128;
-/// Rows of x that a tile has at most.
-SHARED_CONSTANT uint PACKED_ROW_TILE = 16;
-/// Mean rows per expert up to which such tiles stand in for larger ones, whose weights are decoded to threadgroup
-/// memory; measured up to 8.
-SHARED_CONSTANT uint PACKED_MEAN_ROWS = 64;
+SHARED_CONSTANT uint PACKED_DECODE_STAGES = 2;
+/// Simdgroups of `down`. With short rows they ask for their first weights ahead of gate_up's end, when nothing else has
+/// a use for a GPU's registers.
+constexpr uint packed_down_simdgroups(bool short_rows) { return short_rows ? 16 : 8; }
+/// Threadgroups of gate_up that a large GPU runs at a time: 4 on each of 132 cores. Only up to as many make room for
+/// those of `down` early.
+SHARED_CONSTANT uint PACKED_RESIDENT_THREADGROUPS = 528;
 /// Slots of a token that `down` takes at a time.
 SHARED_CONSTANT uint PACKED_SLOTS = 32; // 32: entries of a table
 SHARED_CONSTANT uint PACKED_SLOT_BYTES = 64;
-/// Threadgroup memory: two slabs for each simdgroup, with the scales and biases of `group` columns each, and where rows
-/// of x begin.
-constexpr uint packed_bytes(uint simdgroups, uint weight_rows, uint x_rows, uint slab, uint group) {
+// For tiles of rows, likewise. Scales and biases are fetched for so many slabs of each simdgroup at once.
+SHARED_CONSTANT uint PACKED_TILE_SLAB = 128;
+SHARED_CONSTANT uint PACKED_TILE_STAGES = 2;
+SHARED_CONSTANT uint PACKED_CHUNK_STEPS = 2;
+/// Rows of x that a tile has at most.
+SHARED_CONSTANT uint PACKED_ROW_TILE = 16;
+/// Mean rows per expert up to which such tiles stand in for larger ones, whose weights are decoded to threadgroup
+/// memory and take 5 times as long (H200, 64 tokens of Mixtral) and 2.8 times (128).
+SHARED_CONSTANT uint PACKED_MEAN_ROWS = 64;
+/// Simdgroups of a tile that share K; others have weight rows of their own.
+constexpr uint packed_k_simdgroups(bool short_rows) { return short_rows ? 2 : 4; }
+/// Threadgroup memory: slabs for each simdgroup with rows of x for those that share K, scales and biases of `group`
+/// columns each.
+constexpr uint packed_bytes(uint simdgroups, uint k_simdgroups, uint weight_rows, uint x_rows, uint slab, uint stages,
+                            uint group, uint chunk_steps) {
   const uint scale_bytes = weight_rows * (slab / group) * 4;
-  return simdgroups * 2 * (weight_rows * slab / 2 + (scale_bytes + 15) / 16 * 16 + x_rows * (slab * 2 + 16));
+  return k_simdgroups * stages * x_rows * slab * 2 +
+         simdgroups * (stages * weight_rows * slab / 2 + (chunk_steps > 0 ? 2 * chunk_steps : stages) * scale_bytes);
 }
-constexpr uint packed_tile_bytes(uint x_rows, uint group) {
-  return packed_bytes(GEMM_SIMDGROUPS, PACKED_TILE_N, x_rows, PACKED_TILE_SLAB, group) + x_rows * 8;
+constexpr uint packed_tile_bytes(uint weight_rows, uint x_rows, uint group, bool short_rows) {
+  return packed_bytes(GEMM_SIMDGROUPS, packed_k_simdgroups(short_rows), weight_rows, x_rows, PACKED_TILE_SLAB,
+                      PACKED_TILE_STAGES, group, PACKED_CHUNK_STEPS);
 }
-/// Whether tiles of `x_rows` rows can be packed where a threadgroup may have `limit` bytes.
-constexpr bool packs_tile(uint x_rows, uint group, uint limit) {
-  return x_rows <= PACKED_ROW_TILE && packed_tile_bytes(x_rows, group) <= limit;
+
+/// Tiles of `x_rows` rows where a threadgroup may have `limit` bytes.
+struct PackedTile {
+  uint simdgroup_n;   // weight rows of a simdgroup (gate_up: of both matrices)
+  uint threadgroup_n; // of a threadgroup
+  uint bytes;         // of threadgroup memory
+  bool fits;
+};
+constexpr PackedTile packed_tile(uint x_rows, uint group, bool short_rows, uint limit) {
+  // More weight rows share what is done for many rows of x, but leave room for fewer threadgroups.
+  const bool wide = x_rows > BASE_ROW_TILE && !short_rows && packed_tile_bytes(128, x_rows, group, short_rows) <= limit;
+  const uint rows = wide ? 128 : 64, bytes = packed_tile_bytes(rows, x_rows, group, short_rows);
+  return {rows, rows * (GEMM_SIMDGROUPS / packed_k_simdgroups(short_rows)), bytes,
+          x_rows <= PACKED_ROW_TILE && bytes <= limit};
 }
-constexpr uint packed_down_decode_bytes(uint group) {
-  return packed_bytes(DOWN_DECODE_SIMDGROUPS, PACKED_DECODE_COLUMNS, 1, PACKED_DECODE_SLAB, group) +
+constexpr uint packed_down_decode_bytes(uint group, bool short_rows) {
+  const uint simdgroups = packed_down_simdgroups(short_rows);
+  return packed_bytes(simdgroups, simdgroups, PACKED_DECODE_COLUMNS, 1, PACKED_DECODE_SLAB, PACKED_DECODE_STAGES, group,
+                      0) +
          PACKED_SLOTS * PACKED_SLOT_BYTES;
 }
 

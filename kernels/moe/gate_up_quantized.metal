@@ -2,6 +2,7 @@
 // up are two parts, each with its own buffers and a record per expert (docs/formats.md), so that formats and bits may
 // differ between them and from expert to expert. Bytes to move: those of the codes, scales and biases of the experts
 // chosen.
+#include "../tiles/early_start.h"
 #include "gate_up.h"
 #include "gemm_quantized.h"
 #include "gemv_quantized.h"
@@ -98,6 +99,11 @@ inline bool gate_up_packed_decode(thread const OneRow<T>& rows, thread const Gat
   if constexpr (code_is_packed(CODE, sizeof(T))) {
     const bool is_routed = expert < args.experts;
     const uint intermediate = is_routed ? args.intermediate : args.shared_intermediate;
+    // `down` asks for its weights ahead of its wait; where more threadgroups than the GPU has room for are still to
+    // come here, its own would be in their way.
+    if (args.tokens * (args.top_k + args.shared) * divide_up(args.intermediate, PACKED_DECODE_COLUMNS) <=
+        PACKED_RESIDENT_THREADGROUPS)
+      let_next_kernel_start();
     if (first_column >= intermediate)
       return true;
     QuantizedMatrix matrices[MATRICES];
@@ -197,12 +203,8 @@ template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
   constexpr uint MATRICES = GATED ? 2 : 1;
   using Tile = GemmTile<T, float, MATRICES, ROW_TILE, TILE_N, true>;
   const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, group.x, lane);
-#ifdef METAL_SIM_CUDA
-  constexpr bool PACKED = is_packed_tile(GATE_UP_CODE<GATED>, sizeof(T), ROW_TILE);
-#else
-  constexpr bool PACKED = false;
-#endif
-  const uint first_column = group.y * (PACKED ? PACKED_TILE_N / MATRICES : Tile::COLUMNS);
+  const uint code = GATED && FIRST_MATRIX != SECOND_MATRIX ? 0 : FIRST_MATRIX;
+  const uint first_column = group.y * tile_columns(code, sizeof(T), ROW_TILE, MATRICES, Tile::COLUMNS);
   const bool is_routed = tile.expert < args.experts;
   const uint intermediate = is_routed ? args.intermediate : args.shared_intermediate;
   if (tile.count == 0 || first_column >= intermediate)

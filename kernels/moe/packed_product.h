@@ -7,6 +7,19 @@
 #include "down.h"
 #include "gate_up.h"
 
+/// Columns of a tile of `row_tile` rows, of each of its matrices; `other` where it is not a packed one.
+inline uint tile_columns(uint code, uint element_bytes, uint row_tile, uint matrices, uint other) {
+#ifdef METAL_SIM_CUDA
+  if (code_is_packed(code, element_bytes)) {
+    const PackedTile tile = packed_tile(row_tile, code_group_size(code), code_short_rows(code), THREADGROUP_BYTES);
+    return tile.fits ? tile.threadgroup_n / matrices : other;
+  }
+#else
+  (void)code, (void)element_bytes, (void)row_tile, (void)matrices;
+#endif
+  return other;
+}
+
 #ifdef METAL_SIM_CUDA
 
 inline metal_sim::PackedMatrix packed_matrix(thread const QuantizedMatrix& matrix) {
@@ -14,13 +27,15 @@ inline metal_sim::PackedMatrix packed_matrix(thread const QuantizedMatrix& matri
 }
 
 /// Of weights with `CODE`.
-template <typename T, uint CODE, uint MATRICES, uint WEIGHT_ROWS, uint X_ROWS, uint SLAB, uint SIMDGROUPS>
-using PackedProductOf = metal_sim::PackedProduct<T, code_group_size(CODE), code_scale_type(CODE) == SCALE_FP16,
-                                                 MATRICES, WEIGHT_ROWS, X_ROWS, SLAB, SIMDGROUPS>;
-
-constexpr bool is_packed_tile(uint code, uint element_bytes, uint row_tile) {
-  return code_is_packed(code, element_bytes) && packs_tile(row_tile, code_group_size(code), THREADGROUP_BYTES);
-}
+template <typename T, uint CODE, uint MATRICES, uint WEIGHT_ROWS, uint X_ROWS, uint SLAB, uint SIMDGROUPS,
+          uint K_SIMDGROUPS, uint STAGES, uint CHUNK_STEPS>
+using PackedProductOf =
+    metal_sim::PackedProduct<T, code_group_size(CODE), code_scale_type(CODE) == SCALE_FP16, MATRICES, WEIGHT_ROWS,
+                             X_ROWS, SLAB, SIMDGROUPS, K_SIMDGROUPS, STAGES, CHUNK_STEPS>;
+/// For one token: no simdgroup waits for another's scales.
+template <typename T, uint CODE, uint MATRICES, uint SIMDGROUPS>
+using PackedDecodeOf = PackedProductOf<T, CODE, MATRICES, PACKED_DECODE_COLUMNS, 1, PACKED_DECODE_SLAB, SIMDGROUPS,
+                                       SIMDGROUPS, PACKED_DECODE_STAGES, 0>;
 
 /// store(row, column, sums) for pairs of neighbouring columns, after `gather`.
 template <typename Product, uint MATRICES, uint WEIGHT_ROWS, typename Store>
@@ -42,26 +57,24 @@ inline bool multiply_packed_tile(thread const Source& rows, uint count,
                                  thread const QuantizedMatrix (&matrices)[MATRICES], uint first_column, uint columns,
                                  uint K, thread const Store& store, threadgroup uchar* memory, uint simdgroup,
                                  uint lane) {
-  if constexpr (is_packed_tile(CODE, sizeof(T), ROW_TILE)) {
-    constexpr uint WEIGHT_ROWS = PACKED_TILE_N / MATRICES;
-    using Product = PackedProductOf<T, CODE, MATRICES, WEIGHT_ROWS, ROW_TILE, PACKED_TILE_SLAB, GEMM_LANE_SIMDGROUPS>;
-    static_assert(Product::BYTES + ROW_TILE * 8 <= packed_tile_bytes(ROW_TILE, code_group_size(CODE)),
-                  "the host gives what the kernel takes");
+  constexpr PackedTile TILE = packed_tile(ROW_TILE, code_group_size(CODE), code_short_rows(CODE), THREADGROUP_BYTES);
+  if constexpr (code_is_packed(CODE, sizeof(T)) && TILE.fits) {
+    constexpr uint WEIGHT_ROWS = TILE.simdgroup_n / MATRICES;
+    constexpr uint COLUMNS = TILE.threadgroup_n / MATRICES;
+    using Product = PackedProductOf<T, CODE, MATRICES, WEIGHT_ROWS, ROW_TILE, PACKED_TILE_SLAB, GEMM_LANE_SIMDGROUPS,
+                                    packed_k_simdgroups(code_short_rows(CODE)), PACKED_TILE_STAGES, PACKED_CHUNK_STEPS>;
+    static_assert(Product::BYTES <= TILE.bytes, "the host gives what the kernel takes");
     const uint thread_index = simdgroup * SIMD_WIDTH + lane;
-    device const T** x = reinterpret_cast<device const T**>(memory + Product::BYTES);
-    if (thread_index < count)
-      x[thread_index] = rows.at(thread_index);
     metal_sim::PackedMatrix packed[MATRICES];
     UNROLL
     for (uint m = 0; m < MATRICES; ++m)
       packed[m] = packed_matrix(matrices[m]);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
     Product product;
     product.clear();
     product.multiply_add_all(
-        memory, packed, first_column, columns - 1, [&](uint row) { return x[row]; }, count, K, simdgroup, lane);
+        memory, packed, first_column, columns - 1, [&](uint row) { return rows.at(row); }, count, K, simdgroup, lane);
     product.gather(memory, simdgroup, lane);
-    store_packed<Product, MATRICES, WEIGHT_ROWS>(store, memory, count, thread_index, GEMM_LANE_SIMDGROUPS * SIMD_WIDTH);
+    store_packed<Product, MATRICES, COLUMNS>(store, memory, count, thread_index, GEMM_LANE_SIMDGROUPS * SIMD_WIDTH);
     return true;
   }
   return false;
@@ -73,8 +86,7 @@ inline bool multiply_packed_row(device const T* x, thread const QuantizedMatrix 
                                 uint first_column, uint columns, uint K, thread const Store& store, uint simdgroup,
                                 uint lane) {
   if constexpr (code_is_packed(CODE, sizeof(T))) {
-    using Product =
-        PackedProductOf<T, CODE, MATRICES, PACKED_DECODE_COLUMNS, 1, PACKED_DECODE_SLAB, GEMV_LANE_SIMDGROUPS>;
+    using Product = PackedDecodeOf<T, CODE, MATRICES, GEMV_LANE_SIMDGROUPS>;
     __shared__ __align__(16) uchar memory[Product::BYTES];
     metal_sim::PackedMatrix packed[MATRICES];
     UNROLL
@@ -119,15 +131,19 @@ struct PackedPlace {
   }
 };
 
-/// down of one token, its slots weighted and added.
+/// down of one token, its slots weighted and added. It waits for gate_up; with short rows, which are those of layers
+/// that take little more time than kernels need to begin and end, when its first weights are on their way.
 template <uint CODE, typename T>
 inline bool down_packed_decode(device const T* h, thread const ExpertPart& routed, thread const ExpertPart& shared,
                                device const T* bias, device const int* ids, device const uchar* weights,
                                device const uchar* shared_weights, device T* out, constant ExpertsArgs& args,
                                threadgroup float* sums, uint block, uint token, uint simdgroup, uint lane) {
   if constexpr (code_is_packed(CODE, sizeof(T))) {
-    using Product = PackedProductOf<T, CODE, 1, PACKED_DECODE_COLUMNS, 1, PACKED_DECODE_SLAB, DOWN_DECODE_SIMDGROUPS>;
-    static_assert(Product::BYTES + PACKED_SLOTS * PACKED_SLOT_BYTES <= packed_down_decode_bytes(code_group_size(CODE)),
+    constexpr bool SHORT = code_short_rows(CODE);
+    constexpr uint SIMDGROUPS = packed_down_simdgroups(SHORT);
+    using Product = PackedDecodeOf<T, CODE, 1, SIMDGROUPS>;
+    static_assert(Product::BYTES + PACKED_SLOTS * PACKED_SLOT_BYTES <=
+                      packed_down_decode_bytes(code_group_size(CODE), SHORT),
                   "the host gives what the kernel takes");
     threadgroup uchar* memory = reinterpret_cast<threadgroup uchar*>(sums);
     PackedSlot<T>* table = reinterpret_cast<PackedSlot<T>*>(memory + Product::BYTES);
@@ -152,31 +168,41 @@ inline bool down_packed_decode(device const T* h, thread const ExpertPart& route
         }
         table[thread_index] = own;
       }
-      wait_for_previous_kernel(); // h
+      if (!SHORT)
+        wait_for_previous_kernel();
       threadgroup_barrier(mem_flags::mem_threadgroup);
       uint slabs = 0;
       for (uint i = 0; i < count; ++i)
         slabs += divide_up(table[i].K, PACKED_DECODE_SLAB);
-      PackedPlace copied, used;
+      PackedPlace copied, copied_rows, used;
       uint current = ~0u;
-      Product::for_each_slab(
+      Product::template for_each_slab<SHORT>(
           memory, Product::steps(slabs, simdgroup), simdgroup,
           [&](uchar* slab, uint step) {
-            const uint index = simdgroup + step * DOWN_DECODE_SIMDGROUPS;
+            const uint index = simdgroup + step * SIMDGROUPS;
             copied.go_to(index, table);
             const PackedSlot<T>& slot = table[copied.slot];
             const metal_sim::PackedMatrix matrix[1] = {slot.matrix};
-            device const T* x = slot.x;
-            Product::copy(
-                slab, matrix, first_column, args.hidden - 1, [&](uint) { return x; }, 1,
-                (index - copied.first) * PACKED_DECODE_SLAB, slot.K, lane);
+            const uint first = (index - copied.first) * PACKED_DECODE_SLAB;
+            Product::copy_codes(slab, matrix, first_column, args.hidden - 1, first, slot.K, lane);
+            Product::copy_scales(slab + Product::SCALES_AT, matrix, first_column, args.hidden - 1, first, slot.K, lane,
+                                 SIMD_WIDTH);
           },
-          [&](const uchar* slab, uint step) {
-            used.go_to(simdgroup + step * DOWN_DECODE_SIMDGROUPS, table);
+          [] { wait_for_previous_kernel(); },
+          [&](uchar* to, uint step) {
+            const uint index = simdgroup + step * SIMDGROUPS;
+            copied_rows.go_to(index, table);
+            const PackedSlot<T>& slot = table[copied_rows.slot];
+            device const T* x = slot.x;
+            Product::copy_rows(to, {[&](uint) { return x; }, 1, lane}, (index - copied_rows.first) * PACKED_DECODE_SLAB,
+                               slot.K, lane);
+          },
+          [&](const uchar* slab, const uchar* x, uint step) {
+            used.go_to(simdgroup + step * SIMDGROUPS, table);
             if (used.slot != current && current != ~0u)
               product.add_to(total, table[current].weight);
             current = used.slot;
-            product.multiply_add(slab, lane);
+            product.multiply_add(slab, x, slab + Product::SCALES_AT, 0, lane);
           });
       if (current != ~0u)
         product.add_to(total, table[current].weight);

@@ -1,5 +1,6 @@
 // Kernel table, selection and plan: names, thresholds, tiles, limits.
 #include "core_support.h"
+#include "formats/matrix_code.h"
 
 #include "moe/group.h"
 
@@ -222,14 +223,26 @@ TEST(Plan, PackedProductsHaveGridsOfTheirOwn) {
     return plan_experts(tuning, family, shape, true);
   };
   const ExpertsPlan base = plan(Family::Base, 100 << 10);
-  EXPECT_EQ(base.gate_up_blocks, 49u); // 1540 columns, 32 of gate and 32 of up in a threadgroup
-  EXPECT_EQ(base.gate_up_bytes, packed_tile_bytes(8, 64));
+  EXPECT_EQ(base.gate_up_blocks, 25u); // 1540 columns, 64 of gate and 64 of up in a threadgroup
+  EXPECT_EQ(base.gate_up_bytes, packed_tile_bytes(64, 8, 64, true));
+  EXPECT_EQ(base.gate_up_code_flags, CODE_SHORT_ROWS);
+  EXPECT_EQ(base.down_code_flags, 0u) << "its product is not packed";
   EXPECT_EQ(base.down_blocks, 2048u / BASE_TILE_N);
   EXPECT_LT(base.down_bytes, base.gate_up_bytes);
   shape.packed_down_group = 32;
-  EXPECT_EQ(plan(Family::LargeBatch, 100 << 10).down_blocks, 2048u / PACKED_TILE_N);
-  EXPECT_EQ(plan(Family::LargeBatch, 100 << 10).down_bytes, packed_tile_bytes(16, 32));
-  EXPECT_EQ(plan(Family::Decode, 48 << 10).down_bytes, packed_down_decode_bytes(32));
+  EXPECT_EQ(plan(Family::LargeBatch, 100 << 10).down_blocks, 2048u / 128);
+  EXPECT_EQ(plan(Family::LargeBatch, 100 << 10).down_bytes, packed_tile_bytes(64, 16, 32, true));
+  EXPECT_EQ(plan(Family::Decode, 100 << 10).down_bytes, packed_down_decode_bytes(32, true));
+  EXPECT_EQ(plan(Family::Decode, 100 << 10).down_code_flags, CODE_SHORT_ROWS);
+  EXPECT_EQ(plan(Family::Decode, 64 << 10).down_bytes, packed_down_decode_bytes(32, false)) << "fewer simdgroups fit";
+  EXPECT_EQ(plan(Family::Decode, 64 << 10).down_code_flags, 0u);
+  shape.packed_gate_up_group = 64;
+  shape.hidden = 4096; // long rows of gate and up
+  EXPECT_EQ(plan(Family::LargeBatch, 150 << 10).gate_up_blocks, 25u) << "1540 columns, 64 of gate and 64 of up again";
+  EXPECT_EQ(plan(Family::LargeBatch, 150 << 10).gate_up_code_flags, 0u);
+  EXPECT_EQ(plan(Family::LargeBatch, 100 << 10).gate_up_blocks, 49u) << "128 rows of a simdgroup do not fit";
+  EXPECT_EQ(plan(Family::Base, 100 << 10).gate_up_blocks, 49u);
+  shape.hidden = 2048;
   EXPECT_EQ(plan(Family::LargeBatch, 48 << 10).down_blocks, 2048u / LARGE_BATCH_TILE_N) << "they do not fit";
   EXPECT_LE(plan(Family::LargeBatch, 48 << 10).down_bytes, 48u << 10);
 }

@@ -22,6 +22,7 @@ namespace {
 
 using uint = uint32_t;
 using uchar = unsigned char;
+using std::max;
 using std::min;
 struct uint2 {
   uint x, y;
@@ -57,6 +58,7 @@ struct Block {
   }
   std::barrier<> barrier;
   std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<std::unique_ptr<std::barrier<>>> named;
 };
 thread_local Block* block;
 thread_local uint own_warp;
@@ -65,6 +67,15 @@ thread_local uint own_lane;
 void __syncwarp() { block->warps[own_warp]->barrier.arrive_and_wait(); }
 void __syncthreads() { block->barrier.arrive_and_wait(); }
 uint32_t __activemask() { return ~0u; }
+
+float __shfl_sync(uint32_t, float value, uint from) {
+  Warp& warp = *block->warps[own_warp];
+  warp.a[own_lane][0] = std::bit_cast<uint32_t>(value);
+  warp.barrier.arrive_and_wait();
+  const uint32_t word = warp.a[from][0];
+  warp.barrier.arrive_and_wait();
+  return std::bit_cast<float>(word);
+}
 
 uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = uint64_t(high) << 32 | low;
@@ -76,6 +87,8 @@ uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
 
 namespace metal_sim {
 
+void barrier_of(uint32_t index, uint32_t) { block->named[index]->arrive_and_wait(); }
+uint32_t unknown(uint32_t value) { return value; }
 uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 
 void copy_async(void* to, const void* from, bool inside) {
@@ -83,6 +96,10 @@ void copy_async(void* to, const void* from, bool inside) {
     std::memcpy(to, from, 16);
   else
     std::memset(to, 0, 16);
+}
+void copy_async_if(void* to, const void* from, bool wanted) {
+  if (wanted)
+    std::memcpy(to, from, 16);
 }
 template <uint BYTES>
 void copy_async_part(void* to, const void* from, uint count) {
@@ -122,6 +139,22 @@ void multiply_fragments(T type, float (&sum)[4], const uint32_t (&a)[4], uint32_
   multiply_add_fragments(type, sum, a, b0, b1);
 }
 
+/// mma.m16n8k4 of tf32, whose operands lose the low 13 bits: lane 4g + t holds of the first factor rows g and g + 8 at
+/// k = t, of the second column g.
+void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) {
+  Warp& warp = *block->warps[own_warp];
+  std::copy(std::begin(a), std::end(a), warp.a[own_lane]);
+  warp.b[own_lane][0] = b;
+  warp.barrier.arrive_and_wait();
+  const auto tf32 = [](uint32_t word) { return std::bit_cast<float>(word & 0xFFFFE000u); };
+  for (uint e = 0; e < 4; ++e) {
+    const uint row = own_lane / 4 + e / 2 * 8, column = own_lane % 4 * 2 + e % 2;
+    for (uint t = 0; t < 4; ++t)
+      sum[e] += tf32(warp.a[row % 8 * 4 + t][row / 8]) * tf32(warp.b[column * 4 + t][0]);
+  }
+  warp.barrier.arrive_and_wait();
+}
+
 } // namespace metal_sim
 
 #include "sim/msl/cuda_packed.h"
@@ -147,9 +180,12 @@ struct Matrix {
 };
 
 /// The largest error of a sum, relative to the sum of its terms' magnitudes.
-template <typename T, uint GROUP, typename Scale, uint MATRICES, uint WEIGHT_ROWS, uint X_ROWS, uint SLAB, uint WARPS>
+template <typename T, uint GROUP, typename Scale, uint MATRICES, uint WEIGHT_ROWS, uint X_ROWS, uint SLAB, uint WARPS,
+          uint K_WARPS = WARPS>
 double error_of(uint rows, uint K, uint count, uint first_row) {
-  using Product = PackedProduct<T, GROUP, std::is_same_v<Scale, half>, MATRICES, WEIGHT_ROWS, X_ROWS, SLAB, WARPS>;
+  using Product = PackedProduct<T, GROUP, std::is_same_v<Scale, half>, MATRICES, WEIGHT_ROWS, X_ROWS, SLAB, WARPS,
+                                K_WARPS, X_ROWS == 1 ? 3 : 2, X_ROWS == 1 ? 0 : 2>;
+  constexpr uint COLUMNS = WEIGHT_ROWS * WARPS / K_WARPS;
   std::mt19937 random(K + rows);
   std::normal_distribution<float> normal;
   Matrix stored[MATRICES];
@@ -176,7 +212,9 @@ double error_of(uint rows, uint K, uint count, uint first_row) {
   std::vector<uint4> shared(Product::BYTES / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u}); // NaN
   auto* memory = reinterpret_cast<uchar*>(shared.data());
   Block threads(WARPS);
-  std::vector<float> sums(count * MATRICES * WEIGHT_ROWS);
+  for (uint i = 0; i <= K_WARPS; ++i)
+    threads.named.push_back(std::make_unique<std::barrier<>>(WARPS / K_WARPS * SIMD_WIDTH));
+  std::vector<float> sums(count * MATRICES * COLUMNS);
   std::vector<std::thread> lanes;
   for (uint i = 0; i < WARPS * SIMD_WIDTH; ++i)
     lanes.emplace_back([&, i] {
@@ -186,21 +224,23 @@ double error_of(uint rows, uint K, uint count, uint first_row) {
       product.multiply_add_all(memory, matrices, first_row, rows - 1, x_row, count, K, own_warp, own_lane);
       product.gather(memory, own_warp, own_lane);
       for (uint e = i; e < sums.size(); e += WARPS * SIMD_WIDTH)
-        sums[e] = Product::at(memory, e / (MATRICES * WEIGHT_ROWS), e / WEIGHT_ROWS % MATRICES, e % WEIGHT_ROWS);
+        sums[e] = Product::at(memory, e / (MATRICES * COLUMNS), e / COLUMNS % MATRICES, e % COLUMNS);
     });
   for (std::thread& lane : lanes)
     lane.join();
 
   double largest = 0;
   for (uint e = 0; e < sums.size(); ++e) {
-    const uint m = e / WEIGHT_ROWS % MATRICES, row = min(first_row + e % WEIGHT_ROWS, rows - 1);
+    const uint m = e / COLUMNS % MATRICES, row = first_row + e % COLUMNS;
+    if (row >= rows)
+      continue;
     double sum = 0, magnitude = 0;
     for (uint k = 0; k < K; ++k) {
       const size_t group = size_t(row) * (K / GROUP) + k / GROUP;
       const uint code = matrices[m].codes[size_t(row) * K / 2 + k / 2] >> k % 2 * 4 & 15;
       const double weight =
           double(float(Scale{stored[m].scales[group]})) * code + float(Scale{stored[m].biases[group]});
-      const double term = weight * float(x_row(e / (MATRICES * WEIGHT_ROWS))[k]);
+      const double term = weight * float(x_row(e / (MATRICES * COLUMNS))[k]);
       sum += term;
       magnitude += std::fabs(term);
     }
@@ -229,6 +269,8 @@ TEST(PackedProduct, TilesOfRows) {
   EXPECT_LT((error_of<bfloat, 64, bfloat, 2, 32, 8, 128, 4>(64, 640, 8, 0)), ROUNDING);
   EXPECT_LT((error_of<half, 64, bfloat, 1, 64, 16, 128, 4>(70, 640, 13, 0)), ROUNDING);
   EXPECT_LT((error_of<bfloat, 128, bfloat, 2, 32, 8, 128, 4>(64, 256, 3, 32)), ROUNDING);
+  EXPECT_LT((error_of<bfloat, 64, bfloat, 2, 32, 8, 128, 4, 2>(96, 768, 7, 0)), ROUNDING);
+  EXPECT_LT((error_of<half, 32, half, 1, 64, 16, 128, 4, 2>(80, 1056, 16, 0)), ROUNDING);
 }
 
 } // namespace

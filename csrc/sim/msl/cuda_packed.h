@@ -8,12 +8,15 @@
 // are eight rows of x, of which lane (g, t) holds the same elements of row g. Codes of one scale group are summed in a
 // fragment of their own, then with scale s and bias b of a weight row:
 //
-//   sum of (s * code + b) * x = s * fragment + (b - OFFSET * s) * total of x
+//   sum of (s * code + b) * x = s * fragment + b * total of x - s * OFFSET * total of x
 //
-// and the totals come from a product with ones. Sums are fp32.
+// The totals come from a product with ones, and of what they are multiplied by tensor cores make the sum as well:
+// scales and biases as they are stored are tf32 numbers, a total is the sum of two. Sums are fp32.
 //
-// Warps take slabs of K in turn, each with two slabs of its own in shared memory: one that is multiplied, one on its
-// way. No warp waits for another before the sums are added up.
+// Warps take slabs of K in turn, each with slabs of its own in shared memory: one that is multiplied, others on their
+// way; warps with other rows of weights and the same K share rows of x. With one row of x a slab brings its scales, and
+// no warp waits for another before the sums are added up. Tiles of rows fetch scales for several slabs of all warps at
+// once: a row's scales for one slab are a few bytes of a sector.
 #pragma once
 
 // A test on a processor brings the words of its own.
@@ -30,6 +33,13 @@ struct PackedMatrix {
   const uchar* biases;
   uint codes_stride; // bytes between rows
   uint scales_stride;
+
+  /// The widest copies of scales and biases, up to 16 bytes, that their addresses allow.
+  METAL_FUNC uint scale_width() const {
+    const uint all =
+        uint(reinterpret_cast<size_t>(scales)) | uint(reinterpret_cast<size_t>(biases)) | scales_stride | 16;
+    return all & (0 - all);
+  }
 };
 
 /// What a pair of codes is decoded as: OFFSET + code, both exact. The mask is in a register: as a constant the compiler
@@ -56,26 +66,38 @@ struct PackedCodes<bfloat> {
   METAL_FUNC uint32_t pair(uint32_t word, uint i) const { return and_or(word >> 4 * i, mask, 0x43004300u); }
 };
 
-/// MATRICES matrices of WEIGHT_ROWS rows each, a multiple of 16, times X_ROWS rows of x: 1, 8 or 16. GROUP: columns of
-/// a scale; FP16_SCALES: they are fp16, else bf16.
-template <typename T, uint GROUP, bool FP16_SCALES, uint MATRICES, uint WEIGHT_ROWS, uint X_ROWS, uint SLAB, uint WARPS>
+/// MATRICES matrices of WEIGHT_ROWS rows each, a multiple of 16, times X_ROWS rows of x: 1, 8 or 16. So many are those
+/// of K_WARPS warps, which share K; others of the WARPS have the rows that follow. GROUP: columns of a scale;
+/// FP16_SCALES: they are fp16, else bf16. STAGES: slabs of a warp at a time. CHUNK_STEPS: scales are fetched for so
+/// many steps of all warps at once; 0: by each warp for its slab.
+template <typename T, uint GROUP, bool FP16_SCALES, uint MATRICES, uint WEIGHT_ROWS, uint X_ROWS, uint SLAB, uint WARPS,
+          uint K_WARPS, uint STAGES, uint CHUNK_STEPS>
 struct PackedProduct {
   static constexpr uint ROWS = MATRICES * WEIGHT_ROWS, FRAGMENTS = ROWS / 16;
   static constexpr uint COLUMN_FRAGMENTS = (X_ROWS + 7) / 8, COLUMNS = 8 * COLUMN_FRAGMENTS;
+  /// Fragments whose products take turns: each waits for the one before it.
+  static constexpr uint TOGETHER = COLUMN_FRAGMENTS == 1 && FRAGMENTS % 2 == 0 ? 2 : 1;
   static constexpr uint PIECE_CODES = 32;            // of 16 bytes
   static constexpr uint PIECES = SLAB / PIECE_CODES; // of a row
   static constexpr uint WORDS = GROUP / PIECE_CODES; // of a lane, of a row of a group; also a group's pieces
   static constexpr uint GROUPS = SLAB / GROUP;
   static constexpr uint LINE_ROWS = 8 / PIECES; // of all banks
   static constexpr uint ROW_BYTES = SLAB / 2, SCALE_BYTES = 2 * GROUPS;
-  static constexpr uint X_BYTES = SLAB * sizeof(T) + (X_ROWS > 1 ? 16 : 0); // rows that begin in different banks
-  static constexpr uint SCALES_AT = ROWS * ROW_BYTES, X_AT = SCALES_AT + (2 * ROWS * SCALE_BYTES + 15) / 16 * 16;
-  static constexpr uint SLAB_BYTES = X_AT + X_ROWS * X_BYTES;
-  static constexpr uint STAGES = 2;
+  static constexpr uint CHUNK_BYTES = CHUNK_STEPS ? CHUNK_STEPS * K_WARPS * SCALE_BYTES : SCALE_BYTES; // of a row
+  static constexpr uint SCALE_ROW = 2 * CHUNK_BYTES; // its scales, then its biases
+  static constexpr uint X_BYTES = SLAB * sizeof(T);
+  static constexpr uint SCALES_AT = ROWS * ROW_BYTES;
+  static constexpr uint SLAB_BYTES = SCALES_AT + (CHUNK_STEPS ? 0 : ROWS * SCALE_ROW);
+  static constexpr uint X_SLAB_BYTES = X_ROWS * X_BYTES, X_AT = WARPS * STAGES * SLAB_BYTES;
+  /// Warps with the same K.
+  static constexpr uint N_WARPS = WARPS / K_WARPS;
+  static constexpr uint CHUNKS_AT = X_AT + K_WARPS * STAGES * X_SLAB_BYTES;
+  static constexpr uint COPY_BYTES = CHUNKS_AT + (CHUNK_STEPS ? 2 * N_WARPS * ROWS * SCALE_ROW : 0);
   static constexpr uint SUM_BYTES = WARPS * COLUMNS * ROWS * 4;
   /// Of shared memory.
-  static constexpr uint BYTES = WARPS * STAGES * SLAB_BYTES > SUM_BYTES ? WARPS * STAGES * SLAB_BYTES : SUM_BYTES;
-  static_assert(sizeof(T) == 2 && PIECES >= WORDS && 8 % PIECES == 0 && WEIGHT_ROWS % 16 == 0);
+  static constexpr uint BYTES = COPY_BYTES > SUM_BYTES ? COPY_BYTES : SUM_BYTES;
+  static_assert(sizeof(T) == 2 && PIECES >= WORDS && 8 % PIECES == 0 && WEIGHT_ROWS % 16 == 0 && SLAB_BYTES % 16 == 0);
+  static_assert(CHUNK_STEPS != 1, "a chunk's place is free again when all warps use the next one");
 
   float sum[FRAGMENTS][COLUMN_FRAGMENTS][4];
 
@@ -89,119 +111,161 @@ struct PackedProduct {
           sum[f][n][e] = 0.0f;
   }
 
-  /// Starts copying K first .. first + SLAB - 1 of weight rows first_row .. (past last_row it again) and of `count`
-  /// rows of x. `x(row)`: where a row begins. What is beyond K is zeros.
-  template <typename X>
-  METAL_FUNC static void copy(uchar* slab, const PackedMatrix (&matrices)[MATRICES], uint first_row, uint last_row,
-                              const X& x, uint count, uint first, uint K, uint lane) {
+  /// Lanes that copy pieces of 16 bytes of a row of x at a time: whole lines of memory where rows are several.
+  static constexpr uint X_LANES = X_ROWS > 1   ? (N_WARPS * 32 / X_ROWS > 4 ? N_WARPS * 32 / X_ROWS : 4)
+                                  : SLAB < 256 ? SLAB / 8
+                                               : 32;
+  static constexpr uint X_ROWS_AT_ONCE = X_ROWS > 1 ? N_WARPS * 32 / X_LANES : 1;
+  static_assert(SLAB % (8 * X_LANES) == 0);
+
+  /// Where the rows of x begin of which a lane copies parts, `count` in all; beyond those: anywhere.
+  struct OwnRows {
+    static constexpr uint COUNT = (X_ROWS + X_ROWS_AT_ONCE - 1) / X_ROWS_AT_ONCE;
+    const T* row[COUNT];
+    uint count;
+
+    /// Of rows that begin at x(row). `lane`: among those of all warps that share them.
+    template <typename X>
+    METAL_FUNC OwnRows(const X& x, uint count, uint lane) : count(count) {
+#pragma unroll
+      for (uint i = 0; i < COUNT; ++i) {
+        const uint own = i * X_ROWS_AT_ONCE + lane / X_LANES;
+        row[i] = x(own < count ? own : 0);
+      }
+    }
+  };
+
+  /// Starts copying K first .. first + SLAB - 1 of weight rows first_row .. last_row. What stands in place of other
+  /// codes makes no difference to the sums that are looked at.
+  METAL_FUNC static void copy_codes(uchar* slab, const PackedMatrix (&matrices)[MATRICES], uint first_row,
+                                    uint last_row, uint first, uint K, uint lane) {
     constexpr uint ROWS_AT_ONCE = SIMD_WIDTH / PIECES;
-    const uint piece = lane % PIECES;
+    const uint piece = lane % PIECES, lane_row = lane / PIECES, k = first + piece * PIECE_CODES;
 #pragma unroll
-    for (uint i = 0; i < ROWS / ROWS_AT_ONCE; ++i) {
-      const PackedMatrix& matrix = matrices[i * ROWS_AT_ONCE / WEIGHT_ROWS];
-      const uint row = i * ROWS_AT_ONCE + lane / PIECES;
-      const uint from = min(first_row + row % WEIGHT_ROWS, last_row), k = first + piece * PIECE_CODES;
-      copy_async(slab + row * ROW_BYTES + (piece ^ swizzle(row)) * 16,
-                 matrix.codes + size_t(from) * matrix.codes_stride + k / 2, k < K);
-    }
-    const uint scale_bytes = min((K - first + GROUP - 1) / GROUP, GROUPS) * 2;
+    for (uint m = 0; m < MATRICES; ++m) {
+      const uchar* from = matrices[m].codes + size_t(first_row + lane_row) * matrices[m].codes_stride + k / 2;
 #pragma unroll
-    for (uint i = 0; i < (ROWS + SIMD_WIDTH - 1) / SIMD_WIDTH; ++i) {
-      const uint row = i * SIMD_WIDTH + lane;
-      if (ROWS % SIMD_WIDTH != 0 && row >= ROWS)
-        break;
-      // A warp may have rows of two matrices.
-      const bool second = MATRICES == 2 && row >= WEIGHT_ROWS;
-      const PackedMatrix matrix = second ? matrices[MATRICES - 1] : matrices[0];
-      const size_t at = size_t(min(first_row + row % WEIGHT_ROWS, last_row)) * matrix.scales_stride + first / GROUP * 2;
-      uchar* to = slab + SCALES_AT + row * 2 * SCALE_BYTES;
-      copy_scales(to, matrix.scales + at, scale_bytes);
-      copy_scales(to + SCALE_BYTES, matrix.biases + at, scale_bytes);
-    }
-    constexpr uint X_PIECES = SLAB / 8, X_COPIES = X_ROWS * X_PIECES / SIMD_WIDTH;
-    static_assert(X_COPIES * SIMD_WIDTH == X_ROWS * X_PIECES);
-#pragma unroll
-    for (uint i = 0; i < X_COPIES; ++i) {
-      const uint row = (i * SIMD_WIDTH + lane) / X_PIECES, at = (i * SIMD_WIDTH + lane) % X_PIECES * 8;
-      if (row < count) // what other columns of the sums hold is never looked at
-        copy_async(slab + X_AT + row * X_BYTES + at * sizeof(T), x(row) + first + at, first + at < K);
+      for (uint i = 0; i < WEIGHT_ROWS; i += ROWS_AT_ONCE) {
+        const uint row = m * WEIGHT_ROWS + i + lane_row;
+        copy_async_if(slab + row * ROW_BYTES + (piece ^ swizzle(row)) * 16, from + size_t(i) * matrices[m].codes_stride,
+                      k < K && first_row + lane_row + i <= last_row);
+      }
     }
   }
 
-  /// sum += the products of a slab that has arrived.
-  METAL_FUNC void multiply_add(const uchar* slab, uint lane) {
+  /// The same of rows of x, whose columns beyond K are zeros.
+  METAL_FUNC static void copy_rows(uchar* to, const OwnRows& x, uint first, uint K, uint lane) {
+#pragma unroll
+    for (uint n = 0; n < OwnRows::COUNT; ++n) {
+      const uint row = n * X_ROWS_AT_ONCE + lane / X_LANES, own = lane % X_LANES;
+      if (row >= X_ROWS)
+        continue;
+      const T* from = x.row[n] + first + own * 8;
+#pragma unroll
+      for (uint i = 0; i < SLAB / 8; i += X_LANES)
+        copy_async(to + row * X_BYTES + (i ^ own ^ x_swizzle(row)) * 16, from + i * 8,
+                   row < x.count && first + (i + own) * 8 < K);
+    }
+  }
+
+  /// Starts copying the scales and biases of a chunk of columns that begins with `first`, by `threads` threads. What is
+  /// beyond K is zeros.
+  METAL_FUNC static void copy_scales(uchar* to, const PackedMatrix (&matrices)[MATRICES], uint first_row, uint last_row,
+                                     uint first, uint K, uint thread_index, uint threads) {
+    // What follows is done anew each time: kept in registers, the addresses of all widths would be most of them.
+    thread_index = unknown(thread_index);
+    const uint width = min(matrices[0].scale_width(), matrices[MATRICES - 1].scale_width());
+    const auto copy_by = [&](auto size) {
+      copy_scales_by<decltype(size)::BYTES>(to, matrices, first_row, last_row, first, K, thread_index, threads);
+    };
+    if (CHUNK_BYTES >= 16 && width >= 16)
+      copy_by(CopySize<16>{});
+    else if (CHUNK_BYTES >= 8 && width >= 8)
+      copy_by(CopySize<8>{});
+    else if (CHUNK_BYTES >= 4 && width >= 4)
+      copy_by(CopySize<4>{});
+    else
+      copy_by(CopySize<2>{});
+  }
+
+  /// sum += the products of a slab and rows of x that have arrived. `at`: where in rows of `scales` those of the slab
+  /// begin.
+  METAL_FUNC void multiply_add(const uchar* slab, const uchar* x_rows, const uchar* scales, uint at, uint lane) {
     const uint g = lane / 4, t = lane % 4;
-    const uchar* own_x = slab + X_AT + (X_ROWS > 1 ? g * X_BYTES : 0) + t * (WORDS * 16);
+    const uchar* own_x = x_rows + (X_ROWS > 1 ? g * X_BYTES : 0);
+    const uint own_x_piece = t * WORDS ^ x_swizzle(g);
     const uchar* own_codes = slab + g * ROW_BYTES + t * (WORDS * 4);
-    const uchar* own_scales = slab + SCALES_AT + g * 2 * SCALE_BYTES;
+    const uchar* own_scales = scales + g * SCALE_ROW + scale_place(g, at);
     const uint own_place = swizzle(g) * 16;
     const PackedCodes<T> decoded;
     const uint32_t one = __activemask() & PackedCodes<T>::ONES, ones[4] = {one, one, one, one};
-    uint32_t scale_words[FRAGMENTS][2][2]; // rows g and g + 8; scales and biases of two groups
+    float total[GROUPS][COLUMN_FRAGMENTS][4]; // elements 0 and 1: of rows 2t and 2t + 1 of x
+    uint32_t scale_words[FRAGMENTS][2];       // rows g and g + 8; scales of two groups
 #pragma unroll
     for (uint group = 0; group < GROUPS; ++group) {
       uint32_t x[COLUMN_FRAGMENTS][WORDS][4];
-      float total[COLUMN_FRAGMENTS][4];
 #pragma unroll
       for (uint n = 0; n < COLUMN_FRAGMENTS; ++n)
 #pragma unroll
         for (uint w = 0; w < WORDS; ++w) {
-          const uint4 eight = *reinterpret_cast<const uint4*>(own_x + n * 8 * X_BYTES + group * GROUP * 2 + w * 16);
+          const uint piece = own_x_piece ^ (group * 4 * WORDS + w);
+          const uint4 eight = *reinterpret_cast<const uint4*>(own_x + n * 8 * X_BYTES + piece * 16);
           x[n][w][0] = __byte_perm(eight.x, eight.z, 0x5410);
           x[n][w][1] = __byte_perm(eight.x, eight.z, 0x7632);
           x[n][w][2] = __byte_perm(eight.y, eight.w, 0x5410);
           x[n][w][3] = __byte_perm(eight.y, eight.w, 0x7632);
           if (w == 0)
-            multiply_fragments(T{}, total[n], ones, x[n][w][0], x[n][w][1]);
+            multiply_fragments(T{}, total[group][n], ones, x[n][w][0], x[n][w][1]);
           else
-            multiply_add_fragments(T{}, total[n], ones, x[n][w][0], x[n][w][1]);
-          multiply_add_fragments(T{}, total[n], ones, x[n][w][2], x[n][w][3]);
+            multiply_add_fragments(T{}, total[group][n], ones, x[n][w][0], x[n][w][1]);
+          multiply_add_fragments(T{}, total[group][n], ones, x[n][w][2], x[n][w][3]);
         }
       // A group's pieces stand together, wherever the swizzle puts them.
       const uchar* codes = own_codes + (group * (WORDS * 16) ^ own_place);
 #pragma unroll
-      for (uint f = 0; f < FRAGMENTS; ++f) {
-        uint32_t upper[WORDS], lower[WORDS];
-        load_words(upper, codes + f * 16 * ROW_BYTES);
-        load_words(lower, codes + (f * 16 + 8) * ROW_BYTES);
-        float part[COLUMN_FRAGMENTS][4];
+      for (uint first = 0; first < FRAGMENTS; first += TOGETHER) {
+        uint32_t upper[TOGETHER][WORDS], lower[TOGETHER][WORDS];
+        float part[TOGETHER][COLUMN_FRAGMENTS][4];
 #pragma unroll
-        for (uint w = 0; w < WORDS; ++w) {
-          const uint32_t a[4] = {decoded.pair(upper[w], 0), decoded.pair(lower[w], 0), decoded.pair(upper[w], 1),
-                                 decoded.pair(lower[w], 1)};
-          const uint32_t b[4] = {decoded.pair(upper[w], 2), decoded.pair(lower[w], 2), decoded.pair(upper[w], 3),
-                                 decoded.pair(lower[w], 3)};
-#pragma unroll
-          for (uint n = 0; n < COLUMN_FRAGMENTS; ++n) {
-            if (w == 0)
-              multiply_fragments(T{}, part[n], a, x[n][w][0], x[n][w][1]);
-            else
-              multiply_add_fragments(T{}, part[n], a, x[n][w][0], x[n][w][1]);
-            multiply_add_fragments(T{}, part[n], b, x[n][w][2], x[n][w][3]);
-          }
-        }
-        if (group % 2 == 0) {
-#pragma unroll
-          for (uint half_row = 0; half_row < 2; ++half_row)
-#pragma unroll
-            for (uint bias = 0; bias < 2; ++bias)
-              scale_words[f][half_row][bias] = load_scale_word(own_scales + (f * 16 + half_row * 8) * 2 * SCALE_BYTES +
-                                                               bias * SCALE_BYTES + group * 2);
+        for (uint i = 0; i < TOGETHER; ++i) {
+          load_words(upper[i], codes + (first + i) * 16 * ROW_BYTES);
+          load_words(lower[i], codes + ((first + i) * 16 + 8) * ROW_BYTES);
         }
 #pragma unroll
-        for (uint half_row = 0; half_row < 2; ++half_row) {
-          const float scale = scale_of(scale_words[f][half_row][0], group % 2);
-          const float bias = fmaf(-PackedCodes<T>::OFFSET, scale, scale_of(scale_words[f][half_row][1], group % 2));
+        for (uint w = 0; w < WORDS; ++w)
 #pragma unroll
-          for (uint n = 0; n < COLUMN_FRAGMENTS; ++n)
+          for (uint pairs = 0; pairs < 4; pairs += 2)
 #pragma unroll
-            for (uint e = 0; e < (X_ROWS == 1 ? 1 : 2); ++e) { // of one row all columns are alike
-              float& to = sum[f][n][2 * half_row + e];
-              to = fmaf(bias, total[n][e], fmaf(scale, part[n][2 * half_row + e], to));
+            for (uint i = 0; i < TOGETHER; ++i) {
+              const uint32_t a[4] = {decoded.pair(upper[i][w], pairs), decoded.pair(lower[i][w], pairs),
+                                     decoded.pair(upper[i][w], pairs + 1), decoded.pair(lower[i][w], pairs + 1)};
+#pragma unroll
+              for (uint n = 0; n < COLUMN_FRAGMENTS; ++n) {
+                if (w == 0 && pairs == 0)
+                  multiply_fragments(T{}, part[i][n], a, x[n][w][pairs], x[n][w][pairs + 1]);
+                else
+                  multiply_add_fragments(T{}, part[i][n], a, x[n][w][pairs], x[n][w][pairs + 1]);
+              }
             }
-        }
+#pragma unroll
+        for (uint i = 0; i < TOGETHER; ++i)
+#pragma unroll
+          for (uint half_row = 0; half_row < 2; ++half_row) {
+            uint32_t& word = scale_words[first + i][half_row];
+            if (group % 2 == 0)
+              word = load_scale_word(own_scales + ((first + i) * 16 + half_row * 8) * SCALE_ROW + group * 2);
+            const float scale = scale_of(word, group % 2);
+#pragma unroll
+            for (uint n = 0; n < COLUMN_FRAGMENTS; ++n)
+#pragma unroll
+              for (uint e = 0; e < (X_ROWS == 1 ? 1 : 2); ++e) { // of one row all columns are alike
+                float& to = sum[first + i][n][2 * half_row + e];
+                to = fmaf(scale, part[i][n][2 * half_row + e], to);
+              }
+          }
       }
     }
+    add_offsets(scales, at, total, lane);
   }
 
   /// to = to + weight * sum, sum = 0.
@@ -231,63 +295,180 @@ struct PackedProduct {
     __syncthreads();
   }
 
-  /// The sum of row `row` of x and weight row `weight_row` of `matrix`, after `gather`.
+  /// The sum of row `row` of x and weight row `weight_row` of `matrix`, of all warps' rows, after `gather`.
   METAL_FUNC static float at(const uchar* memory, uint row, uint matrix, uint weight_row) {
-    const float* from = reinterpret_cast<const float*>(memory) + row * ROWS + matrix * WEIGHT_ROWS + weight_row;
+    const float* from = reinterpret_cast<const float*>(memory) + weight_row / WEIGHT_ROWS * (K_WARPS * COLUMNS * ROWS) +
+                        row * ROWS + matrix * WEIGHT_ROWS + weight_row % WEIGHT_ROWS;
     float total = from[0];
 #pragma unroll
-    for (uint warp = 1; warp < WARPS; ++warp)
+    for (uint warp = 1; warp < K_WARPS; ++warp)
       total += from[warp * (COLUMNS * ROWS)];
     return total;
   }
 
-  /// Steps of a warp that takes every WARPS-th slab.
-  METAL_FUNC static uint steps(uint slabs, uint warp) { return (slabs + WARPS - 1 - warp) / WARPS; }
+  /// Steps of a warp that takes every K_WARPS-th slab.
+  METAL_FUNC static uint steps(uint slabs, uint warp) { return (slabs + K_WARPS - 1 - warp) / K_WARPS; }
 
-  /// For every step of a warp: start(slab, step) starts its copies, use(slab, step) finds them arrived.
-  template <typename Start, typename Use>
-  METAL_FUNC static void for_each_slab(uchar* memory, uint steps, uint warp, const Start& start, const Use& use) {
+  /// For every step of a warp: start_weights(slab, step) and start_rows(x, step) start its copies, use(slab, x, step)
+  /// finds them arrived. WAITS: wait() is called once ahead of start_rows, when as many weights are on their way as
+  /// there is room for.
+  template <bool WAITS, typename StartWeights, typename Wait, typename StartRows, typename Use>
+  METAL_FUNC static void for_each_slab(uchar* memory, uint steps, uint warp, const StartWeights& start_weights,
+                                       const Wait& wait, const StartRows& start_rows, const Use& use) {
     const auto slab = [&](uint step) { return memory + (warp * STAGES + step % STAGES) * SLAB_BYTES; };
-    // Both calls stand here once: they are most of the kernel.
+    const auto x = [&](uint step) { return memory + X_AT + (warp % K_WARPS * STAGES + step % STAGES) * X_SLAB_BYTES; };
+    if constexpr (WAITS) {
+      for (uint step = 0; step < min(steps, STAGES); ++step)
+        start_weights(slab(step), step);
+      wait();
+    }
     for (uint step = 0; step < steps + STAGES; ++step) {
       if (step >= STAGES) {
         copy_wait_own<STAGES - 1>();
-        __syncwarp();
-        use(slab(step), step - STAGES);
-        __syncwarp();
+        meet(warp);
+        use(slab(step), x(step), step - STAGES);
+        meet(warp);
       }
-      if (step < steps)
-        start(slab(step), step);
+      if (step < steps) {
+        if (!WAITS || step >= STAGES)
+          start_weights(slab(step), step);
+        start_rows(x(step), step);
+      }
       copy_commit(); // also of nothing: the wait counts groups
     }
   }
 
-  /// sum += all of K.
+  /// sum += all of K, of `count` rows that begin at x(row).
   template <typename X>
   METAL_FUNC void multiply_add_all(uchar* memory, const PackedMatrix (&matrices)[MATRICES], uint first_row,
                                    uint last_row, const X& x, uint count, uint K, uint warp, uint lane) {
-    for_each_slab(
-        memory, steps((K + SLAB - 1) / SLAB, warp), warp,
+    const uint slabs = (K + SLAB - 1) / SLAB;
+    const uint x_lane = warp / K_WARPS * SIMD_WIDTH + lane; // of the warps that share rows
+    const OwnRows own_x(x, count, x_lane);
+    const uint k_warp = warp % K_WARPS;
+    first_row += warp / K_WARPS * WEIGHT_ROWS;
+    const auto chunk = [&](uint step) {
+      const uint place = warp / K_WARPS * 2 + step / max(CHUNK_STEPS, 1u) % 2;
+      return memory + CHUNKS_AT + place * (ROWS * SCALE_ROW);
+    };
+    // All warps take as many steps where they share chunks.
+    for_each_slab<false>(
+        memory, steps(slabs, CHUNK_STEPS ? 0 : k_warp), warp,
         [&](uchar* slab, uint step) {
-          copy(slab, matrices, first_row, last_row, x, count, (warp + step * WARPS) * SLAB, K, lane);
+          const uint index = k_warp + step * K_WARPS;
+          if (CHUNK_STEPS == 0 || index < slabs)
+            copy_codes(slab, matrices, first_row, last_row, index * SLAB, K, lane);
+          if constexpr (CHUNK_STEPS == 0)
+            copy_scales(slab + SCALES_AT, matrices, first_row, last_row, index * SLAB, K, lane, SIMD_WIDTH);
+          else if (step % CHUNK_STEPS == 0)
+            copy_scales(chunk(step), matrices, first_row, last_row, step * K_WARPS * SLAB, K,
+                        k_warp * SIMD_WIDTH + lane, K_WARPS * SIMD_WIDTH);
         },
-        [&](const uchar* slab, uint) { multiply_add(slab, lane); });
+        [] {},
+        [&](uchar* to, uint step) {
+          if (CHUNK_STEPS == 0 || k_warp + step * K_WARPS < slabs)
+            copy_rows(to, own_x, (k_warp + step * K_WARPS) * SLAB, K, x_lane);
+        },
+        [&](const uchar* slab, const uchar* x_rows, uint step) {
+          if constexpr (CHUNK_STEPS == 0) {
+            multiply_add(slab, x_rows, slab + SCALES_AT, 0, lane);
+          } else {
+            if (step % CHUNK_STEPS == 0)
+              __syncthreads();
+            if (k_warp + step * K_WARPS < slabs)
+              multiply_add(slab, x_rows, chunk(step), (step % CHUNK_STEPS * K_WARPS + k_warp) * SCALE_BYTES, lane);
+          }
+        });
   }
 
 private:
+  template <uint SIZE>
+  struct CopySize {
+    static constexpr uint BYTES = SIZE;
+  };
+
+  /// The warps that share rows of x wait for each other.
+  METAL_FUNC static void meet(uint warp) {
+    if constexpr (N_WARPS == 1)
+      __syncwarp();
+    else
+      barrier_of(1 + warp % K_WARPS, N_WARPS * SIMD_WIDTH); // 0 is that of all threads
+  }
+
   /// What a row's pieces are exchanged by, so that the lanes of a load find theirs in different banks: whole groups.
   METAL_FUNC static constexpr uint swizzle(uint row) { return row / LINE_ROWS * WORDS % PIECES; }
+  /// Likewise of x, of whose rows a load has two at a time, in pieces of 16 bytes: any of the eight.
+  METAL_FUNC static constexpr uint x_swizzle(uint row) { return X_ROWS > 1 ? row % 2 * 5 : 0; }
+  /// Where in a row of scales byte `byte` stands, likewise.
+  METAL_FUNC static constexpr uint scale_place(uint row, uint byte) {
+    constexpr uint SCALE_PIECES = SCALE_ROW > 16 ? SCALE_ROW / 16 : 1;
+    static_assert(8 % SCALE_PIECES == 0);
+    return byte ^ row / (8 / SCALE_PIECES) % SCALE_PIECES * 16;
+  }
 
-  METAL_FUNC static void copy_scales(uchar* to, const uchar* from, uint bytes) {
-    if constexpr (SCALE_BYTES >= 4) {
-      if (reinterpret_cast<size_t>(from) % SCALE_BYTES == 0) {
-        copy_async_part<SCALE_BYTES>(to, from, bytes);
-        return;
+  template <uint WIDTH>
+  METAL_FUNC static void copy_scales_by(uchar* to, const PackedMatrix (&matrices)[MATRICES], uint first_row,
+                                        uint last_row, uint first, uint K, uint thread_index, uint threads) {
+    constexpr uint COPIES = (CHUNK_BYTES + WIDTH - 1) / WIDTH; // of a row's scales
+    const uint bytes = min((K - first + GROUP - 1) / GROUP * 2, CHUNK_BYTES);
+#pragma unroll 1
+    for (uint i = thread_index; i < 2 * COPIES * ROWS; i += threads) {
+      const uint row = i / (2 * COPIES), at = i % COPIES * WIDTH;
+      const bool bias = i / COPIES % 2;
+      const bool second = MATRICES == 2 && row >= WEIGHT_ROWS;
+      const PackedMatrix matrix = second ? matrices[MATRICES - 1] : matrices[0]; // not by index: they are registers
+      const uchar* from = (bias ? matrix.biases : matrix.scales) +
+                          size_t(min(first_row + row % WEIGHT_ROWS, last_row)) * matrix.scales_stride +
+                          first / GROUP * 2 + at;
+      uchar* place = to + row * SCALE_ROW + scale_place(row, (bias ? CHUNK_BYTES : 0) + at);
+      if constexpr (WIDTH == 2)
+        *reinterpret_cast<uint16_t*>(place) = at < bytes ? *reinterpret_cast<const uint16_t*>(from) : uint16_t(0);
+      else
+        copy_async_part<WIDTH>(place, from, at < bytes ? min(bytes - at, WIDTH) : 0);
+    }
+  }
+
+  /// sum += the products of scales and biases with totals, of all groups of a slab: by two a tf32 product over scales,
+  /// then biases of both groups, with the totals' high parts, and another with what those leave.
+  METAL_FUNC void add_offsets(const uchar* scales, uint at, const float (&total)[GROUPS][COLUMN_FRAGMENTS][4],
+                              uint lane) {
+    const uint g = lane / 4, t = lane % 4, second = GROUPS > 1 ? t % 2 : 0;
+    const uchar* own = scales + g * SCALE_ROW + scale_place(g, t / 2 * CHUNK_BYTES + at) + second * 2;
+    // The second factor's element is of row g of x and group t % 2. All lanes of a t hold the same totals: each gives
+    // what its g says, of rows its bit 0, of groups its bit 1.
+    const uint from_lane = (t % 2 * 2 + g % 2) * 4 + g / 2;
+#pragma unroll
+    for (uint group = 0; group < GROUPS; group += 2) {
+      uint32_t high[COLUMN_FRAGMENTS], low[COLUMN_FRAGMENTS];
+#pragma unroll
+      for (uint n = 0; n < COLUMN_FRAGMENTS; ++n) {
+        const float (&first)[4] = total[group][n];
+        float value = g % 2 ? first[1] : first[0];
+        if constexpr (GROUPS > 1) {
+          const float (&other)[4] = total[group + 1][n];
+          value = g / 2 % 2 ? (g % 2 ? other[1] : other[0]) : value;
+        } else {
+          value = g / 2 % 2 ? 0.0f : value;
+        }
+        value = __shfl_sync(~0u, value, from_lane) * (t < 2 ? -PackedCodes<T>::OFFSET : 1.0f);
+        high[n] = __builtin_bit_cast(uint32_t, value) & 0xFFFFE000u;
+        low[n] = __builtin_bit_cast(uint32_t, value - __builtin_bit_cast(float, high[n]));
+      }
+#pragma unroll
+      for (uint f = 0; f < FRAGMENTS; ++f) {
+        uint32_t half_rows[2];
+#pragma unroll
+        for (uint half_row = 0; half_row < 2; ++half_row) {
+          const uchar* from = own + (f * 16 + half_row * 8) * SCALE_ROW + group * 2;
+          half_rows[half_row] = __builtin_bit_cast(uint32_t, scale_of(*reinterpret_cast<const uint16_t*>(from), 0));
+        }
+#pragma unroll
+        for (uint n = 0; n < COLUMN_FRAGMENTS; ++n) {
+          multiply_add_tf32(sum[f][n], half_rows, high[n]);
+          multiply_add_tf32(sum[f][n], half_rows, low[n]);
+        }
       }
     }
-#pragma unroll
-    for (uint i = 0; i < SCALE_BYTES; i += 2)
-      *reinterpret_cast<uint16_t*>(to + i) = i < bytes ? *reinterpret_cast<const uint16_t*>(from + i) : uint16_t(0);
   }
 
   METAL_FUNC static void load_words(uint32_t (&to)[WORDS], const uchar* from) {

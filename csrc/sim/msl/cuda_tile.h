@@ -17,6 +17,14 @@ METAL_FUNC void copy_async(void* to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                : "memory");
 }
+/// 16 bytes as above where `wanted`, else nothing.
+METAL_FUNC void copy_async_if(void* to, const void* from, bool wanted) {
+  asm volatile("{.reg .pred p;\n\t"
+               "setp.ne.u32 p, %2, 0;\n\t"
+               "@p cp.async.cg.shared.global.L2::256B [%0], [%1], 16;}" ::"r"(shared_address(to)),
+               "l"(from), "r"(uint32_t(wanted))
+               : "memory");
+}
 METAL_FUNC void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <uint PENDING>
 METAL_FUNC void copy_wait() {
@@ -82,6 +90,24 @@ METAL_SIM_MMA(bfloat, "bf16")
 METAL_SIM_FIRST_MMA(half, "f16")
 METAL_SIM_FIRST_MMA(bfloat, "bf16")
 #undef METAL_SIM_FIRST_MMA
+
+/// sum += a b in tf32, four of K: lane (g, t) holds of the first factor rows g and g + 8 at t, of the second column g.
+METAL_FUNC void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm volatile("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+/// Barrier `index` of `threads` threads, whole warps.
+METAL_FUNC void barrier_of(uint32_t index, uint32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(index), "r"(threads) : "memory");
+}
+
+/// `value`, of which the compiler no longer knows where it comes from.
+METAL_FUNC uint32_t unknown(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 /// a & b | c, one instruction whatever the compiler knows of b.
 METAL_FUNC uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
