@@ -20,6 +20,9 @@ SHARED_CONSTANT uint GEMV_SIMDGROUPS = 4;
 /// registers for the sums of four rows (H200, 16 tokens of Qwen3: gate_up 130 us with 2 and 137 with 4 columns, down
 /// 80, 72 and 67 with 2, 4 and 8).
 SHARED_CONSTANT uint GATE_UP_COLUMNS = 2;
+/// Threadgroups of gate_up for one token that a large GPU runs at a time: 6 on each of 132 cores. Only where there are
+/// no more does `down` start early: beside ones that are still to come it would be in their way.
+SHARED_CONSTANT uint GATE_UP_RESIDENT_THREADGROUPS = 792;
 SHARED_CONSTANT uint DOWN_PREFILL4_COLUMNS = 8;
 /// decode's down on a GPU: columns of a threadgroup, and the simdgroups that share K of all slots of a token (H200, one
 /// token of Qwen3: 9.3 us; 8 columns and 8 simdgroups 10.8, 4 and 16 15.1).
@@ -90,8 +93,7 @@ SHARED_CONSTANT uint PACKED_DECODE_STAGES = 2;
 /// Simdgroups of `down`. With short rows they ask for their first weights ahead of gate_up's end, when nothing else has
 /// a use for a GPU's registers.
 constexpr uint packed_down_simdgroups(bool short_rows) { return short_rows ? 16 : 8; }
-/// Threadgroups of gate_up that a large GPU runs at a time: 4 on each of 132 cores. Only up to as many make room for
-/// those of `down` early.
+/// As GATE_UP_RESIDENT_THREADGROUPS, 4 on a core.
 SHARED_CONSTANT uint PACKED_RESIDENT_THREADGROUPS = 528;
 /// Slots of a token that `down` takes at a time.
 SHARED_CONSTANT uint PACKED_SLOTS = 32; // 32: entries of a table

@@ -1,10 +1,19 @@
-// What gate_up does on dense and on quantised weights: the order of biases, and storing the sums of a row tile.
+// What gate_up does on dense and on quantised weights: the order of biases, storing the sums of a row tile, and when
+// `down` may start beside it.
 #pragma once
+#include "../tiles/early_start.h"
 #include "gemm.h"
 
 /// w1 rows of gate column n, and of its up column: see ExpertsArgs::interleaved.
 inline uint gate_row(uint n, bool interleaved) { return interleaved ? 2 * n : n; }
 inline uint up_row(uint n, uint intermediate, bool interleaved) { return interleaved ? 2 * n + 1 : intermediate + n; }
+
+/// For one token: lets `down`, which asks for its weights first, start beside gate_up's threadgroups of `columns` where
+/// there are at most `resident` of those.
+inline void let_down_start(constant ExpertsArgs& args, uint columns, uint resident) {
+  if (args.tokens * (args.top_k + args.shared) * divide_up(args.intermediate, columns) <= resident)
+    let_next_kernel_start();
+}
 
 /// Where a row tile's sums go: biased, activated, to h.
 template <typename T, bool GATED, typename Source>

@@ -12,7 +12,6 @@
 //              8x8 simdgroup matrices, see gemm.h.
 // In grouped families a threadgroup has a tile of rows of one expert, see tile_rows.h, also for where they stand in h.
 // They read each selected expert once per row tile: once, where no expert has more rows than a tile.
-#include "../tiles/early_start.h"
 #include "gate_up.h"
 #include "gemv.h"
 
@@ -102,7 +101,7 @@ gate_up_decode(device const T* x [[buffer(0)]], device const T* w1 [[buffer(1)]]
                device const int* ids [[buffer(4)]], device T* h [[buffer(5)]], constant ExpertsArgs& args [[buffer(6)]],
                uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                uint lane [[thread_index_in_simdgroup]]) {
-  let_next_kernel_start(); // down, which asks for its weights first
+  let_down_start(args, GATE_UP_THREADGROUP_COLUMNS, GATE_UP_RESIDENT_THREADGROUPS);
   const uint slot = group.y, token = group.z;
   const uint expert = slot_expert(ids, args, token, slot);
   if (expert == NO_EXPERT)

@@ -2,7 +2,6 @@
 // up are two parts, each with its own buffers and a record per expert (docs/formats.md), so that formats and bits may
 // differ between them and from expert to expert. Bytes to move: those of the codes, scales and biases of the experts
 // chosen.
-#include "../tiles/early_start.h"
 #include "gate_up.h"
 #include "gemm_quantized.h"
 #include "gemv_quantized.h"
@@ -99,11 +98,7 @@ inline bool gate_up_packed_decode(thread const OneRow<T>& rows, thread const Gat
   if constexpr (code_is_packed(CODE, sizeof(T))) {
     const bool is_routed = expert < args.experts;
     const uint intermediate = is_routed ? args.intermediate : args.shared_intermediate;
-    // `down` asks for its weights ahead of its wait; where more threadgroups than the GPU has room for are still to
-    // come here, its own would be in their way.
-    if (args.tokens * (args.top_k + args.shared) * divide_up(args.intermediate, PACKED_DECODE_COLUMNS) <=
-        PACKED_RESIDENT_THREADGROUPS)
-      let_next_kernel_start();
+    let_down_start(args, PACKED_DECODE_COLUMNS, PACKED_RESIDENT_THREADGROUPS);
     if (first_column >= intermediate)
       return true;
     QuantizedMatrix matrices[MATRICES];
