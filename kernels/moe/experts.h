@@ -105,7 +105,7 @@ SHARED_CONSTANT uint PACKED_CHUNK_STEPS = 2;
 /// Rows of x that a tile has at most.
 SHARED_CONSTANT uint PACKED_ROW_TILE = 16;
 /// Mean rows per expert up to which such tiles stand in for larger ones, whose weights are decoded to threadgroup
-/// memory and take 5 times as long (H200, 64 tokens of Mixtral) and 2.8 times (128).
+/// memory and take 5 times as long (H200, 64 tokens of Mixtral) and 3 times (128).
 SHARED_CONSTANT uint PACKED_MEAN_ROWS = 64;
 /// Simdgroups of a tile that share K; others have weight rows of their own.
 constexpr uint packed_k_simdgroups(bool short_rows) { return short_rows ? 2 : 4; }

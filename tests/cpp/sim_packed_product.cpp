@@ -184,7 +184,7 @@ template <typename T, uint GROUP, typename Scale, uint MATRICES, uint WEIGHT_ROW
           uint K_WARPS = WARPS>
 double error_of(uint rows, uint K, uint count, uint first_row) {
   using Product = PackedProduct<T, GROUP, std::is_same_v<Scale, half>, MATRICES, WEIGHT_ROWS, X_ROWS, SLAB, WARPS,
-                                K_WARPS, X_ROWS == 1 ? 3 : 2, X_ROWS == 1 ? 0 : 2>;
+                                K_WARPS, 2, X_ROWS == 1 ? 0 : 2>;
   constexpr uint COLUMNS = WEIGHT_ROWS * WARPS / K_WARPS;
   std::mt19937 random(K + rows);
   std::normal_distribution<float> normal;
@@ -257,6 +257,7 @@ TEST(PackedProduct, OneRowOfX) {
   EXPECT_LT((error_of<half, 64, half, 2, 16, 1, 256, 4>(40, 512, 1, 0)), ROUNDING);
   EXPECT_LT((error_of<bfloat, 32, bfloat, 1, 16, 1, 256, 4>(16, 544, 1, 0)), ROUNDING);
   EXPECT_LT((error_of<half, 128, bfloat, 1, 16, 1, 256, 4>(48, 384, 1, 32)), ROUNDING);
+  EXPECT_LT((error_of<bfloat, 64, bfloat, 1, 16, 1, 256, 16>(40, 9216, 1, 16)), ROUNDING);
 }
 
 TEST(PackedProduct, SlabsThatEndBeyondKAndScalesThatAreNotAligned) {
@@ -269,6 +270,7 @@ TEST(PackedProduct, TilesOfRows) {
   EXPECT_LT((error_of<bfloat, 64, bfloat, 2, 32, 8, 128, 4>(64, 640, 8, 0)), ROUNDING);
   EXPECT_LT((error_of<half, 64, bfloat, 1, 64, 16, 128, 4>(70, 640, 13, 0)), ROUNDING);
   EXPECT_LT((error_of<bfloat, 128, bfloat, 2, 32, 8, 128, 4>(64, 256, 3, 32)), ROUNDING);
+  EXPECT_LT((error_of<bfloat, 64, bfloat, 2, 64, 16, 128, 4>(96, 2176, 11, 0)), ROUNDING);
   EXPECT_LT((error_of<bfloat, 64, bfloat, 2, 32, 8, 128, 4, 2>(96, 768, 7, 0)), ROUNDING);
   EXPECT_LT((error_of<half, 32, half, 1, 64, 16, 128, 4, 2>(80, 1056, 16, 0)), ROUNDING);
 }
