@@ -221,8 +221,13 @@ void trellis_rows(device const float* x [[buffer(0)]], device const uchar* first
   product.count = tile.rows;
   product.simdgroup = simdgroup;
   product.lane = lane;
-  trellis_product(matrix == 0 ? first_codes : second_codes, matrix == 0 ? first_table : second_table,
-                  matrix == 0 ? FIRST_MATRIX : SECOND_MATRIX, tile.expert, column, product);
+  device const uchar* codes = matrix == 0 ? first_codes : second_codes;
+  device const ExpertMatrix* table = matrix == 0 ? first_table : second_table;
+  // Not a choice between codes: each call's is a constant where the kernel is compiled for it.
+  if (matrix == 0 || FIRST_MATRIX == SECOND_MATRIX)
+    trellis_product(codes, table, FIRST_MATRIX, tile.expert, column, product);
+  else
+    trellis_product(codes, table, SECOND_MATRIX, tile.expert, column, product);
 }
 
 template [[host_name("trellis_product_m4")]] [[kernel]] decltype(trellis_rows<4>) trellis_rows<4>;
