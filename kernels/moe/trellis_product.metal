@@ -174,8 +174,8 @@ struct TrellisProduct {
 #endif
 
 template <uint R>
-inline void trellis_product(device const uchar* codes, device const ExpertMatrix* table, uint code, uint expert,
-                            uint column, thread TrellisProduct<R>& product) {
+METAL_FUNC void trellis_product(device const uchar* codes, device const ExpertMatrix* table, uint code, uint expert,
+                                uint column, thread TrellisProduct<R>& product) {
   const ExpertMatrix record = table[expert];
   const uint half_bits = code ? code_half_bits(code) : record.half_bits;
   product.row_stride = record.codes_stride / 4;
