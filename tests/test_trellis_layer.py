@@ -15,10 +15,10 @@ DECODE = ["trellis_gate_up_decode", "trellis_down_decode", "rotate_outputs"]
 
 
 def default_kernels(tokens: int, top_k: int, count: int) -> list[str]:
-    """The native engine takes large row tiles from four rows of an expert on."""
+    """Large row tiles from four rows of an expert on, but on the exact engine."""
     if tokens == 1:
         return DECODE
-    large = metal_moe.last_dispatch()["engine"] == "native" and tokens * top_k >= 4 * count
+    large = metal_moe.last_dispatch()["engine"] != "exact" and tokens * top_k >= 4 * count
     product = f"trellis_product_m{16 if large else 4}"
     return ["group", "rotate_inputs", product, "rotate_activations", product, "rotate_outputs"]
 

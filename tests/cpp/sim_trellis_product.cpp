@@ -61,7 +61,6 @@ std::barrier<>* threadgroup;
 
 void __syncthreads() { threadgroup->arrive_and_wait(); }
 
-uint32_t __activemask() { return ~0u; }
 uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
   return uint32_t((uint64_t(high) << 32 | low) << (shift & 31) >> 32);
 }
@@ -90,6 +89,14 @@ uint32_t __reduce_max_sync(uint32_t, uint32_t own) {
     for (const auto& words : warp->a)
       largest = max(largest, words[0]);
     return largest;
+  });
+}
+uint32_t __reduce_or_sync(uint32_t, uint32_t own) {
+  return exchange(own, [] {
+    uint32_t bits = 0;
+    for (const auto& words : warp->a)
+      bits |= words[0];
+    return bits;
   });
 }
 

@@ -75,8 +75,6 @@ template <typename T, uint GROUP, bool FP16_SCALES, uint MATRICES, uint WEIGHT_R
 struct PackedProduct {
   static constexpr uint ROWS = MATRICES * WEIGHT_ROWS, FRAGMENTS = ROWS / 16;
   static constexpr uint COLUMN_FRAGMENTS = (X_ROWS + 7) / 8, COLUMNS = 8 * COLUMN_FRAGMENTS;
-  /// Fragments whose products take turns: each waits for the one before it.
-  static constexpr uint TOGETHER = COLUMN_FRAGMENTS == 1 && FRAGMENTS % 2 == 0 ? 2 : 1;
   static constexpr uint PIECE_CODES = 32;            // of 16 bytes
   static constexpr uint PIECES = SLAB / PIECE_CODES; // of a row
   static constexpr uint WORDS = GROUP / PIECE_CODES; // of a lane, of a row of a group; also a group's pieces
@@ -188,9 +186,12 @@ struct PackedProduct {
       copy_by(CopySize<2>{});
   }
 
-  /// sum += the products of a slab and rows of x that have arrived. `at`: where in rows of `scales` those of the slab
-  /// begin.
+  /// sum += the products of a slab and rows of x that have arrived, of USED fragments of them. `at`: where in rows of
+  /// `scales` those of the slab begin.
+  template <uint USED = COLUMN_FRAGMENTS>
   METAL_FUNC void multiply_add(const uchar* slab, const uchar* x_rows, const uchar* scales, uint at, uint lane) {
+    // Fragments whose products take turns: each waits for the one before it.
+    constexpr uint TOGETHER = USED == 1 && FRAGMENTS % 2 == 0 ? 2 : 1;
     const uint g = lane / 4, t = lane % 4;
     const uchar* own_x = x_rows + (X_ROWS > 1 ? g * X_BYTES : 0);
     const uint own_x_piece = t * WORDS ^ x_swizzle(g);
@@ -199,13 +200,13 @@ struct PackedProduct {
     const uint own_place = swizzle(g) * 16;
     const PackedCodes<T> decoded;
     const uint32_t one = __activemask() & PackedCodes<T>::ONES, ones[4] = {one, one, one, one};
-    float total[GROUPS][COLUMN_FRAGMENTS][4]; // elements 0 and 1: of rows 2t and 2t + 1 of x
-    uint32_t scale_words[FRAGMENTS][2];       // rows g and g + 8; scales of two groups
+    float total[GROUPS][USED][4];       // elements 0 and 1: of rows 2t and 2t + 1 of x
+    uint32_t scale_words[FRAGMENTS][2]; // rows g and g + 8; scales of two groups
 #pragma unroll
     for (uint group = 0; group < GROUPS; ++group) {
-      uint32_t x[COLUMN_FRAGMENTS][WORDS][4];
+      uint32_t x[USED][WORDS][4];
 #pragma unroll
-      for (uint n = 0; n < COLUMN_FRAGMENTS; ++n)
+      for (uint n = 0; n < USED; ++n)
 #pragma unroll
         for (uint w = 0; w < WORDS; ++w) {
           const uint piece = own_x_piece ^ (group * 4 * WORDS + w);
@@ -225,7 +226,7 @@ struct PackedProduct {
 #pragma unroll
       for (uint first = 0; first < FRAGMENTS; first += TOGETHER) {
         uint32_t upper[TOGETHER][WORDS], lower[TOGETHER][WORDS];
-        float part[TOGETHER][COLUMN_FRAGMENTS][4];
+        float part[TOGETHER][USED][4];
 #pragma unroll
         for (uint i = 0; i < TOGETHER; ++i) {
           load_words(upper[i], codes + (first + i) * 16 * ROW_BYTES);
@@ -240,7 +241,7 @@ struct PackedProduct {
               const uint32_t a[4] = {decoded.pair(upper[i][w], pairs), decoded.pair(lower[i][w], pairs),
                                      decoded.pair(upper[i][w], pairs + 1), decoded.pair(lower[i][w], pairs + 1)};
 #pragma unroll
-              for (uint n = 0; n < COLUMN_FRAGMENTS; ++n) {
+              for (uint n = 0; n < USED; ++n) {
                 if (w == 0 && pairs == 0)
                   multiply_fragments(T{}, part[i][n], a, x[n][w][pairs], x[n][w][pairs + 1]);
                 else
@@ -256,7 +257,7 @@ struct PackedProduct {
               word = load_scale_word(own_scales + ((first + i) * 16 + half_row * 8) * SCALE_ROW + group * 2);
             const float scale = scale_of(word, group % 2);
 #pragma unroll
-            for (uint n = 0; n < COLUMN_FRAGMENTS; ++n)
+            for (uint n = 0; n < USED; ++n)
 #pragma unroll
               for (uint e = 0; e < (X_ROWS == 1 ? 1 : 2); ++e) { // of one row all columns are alike
                 float& to = sum[first + i][n][2 * half_row + e];
@@ -375,8 +376,13 @@ struct PackedProduct {
           } else {
             if (step % CHUNK_STEPS == 0)
               __syncthreads();
-            if (k_warp + step * K_WARPS < slabs)
-              multiply_add(slab, x_rows, chunk(step), (step % CHUNK_STEPS * K_WARPS + k_warp) * SCALE_BYTES, lane);
+            if (k_warp + step * K_WARPS >= slabs)
+              return;
+            const uint at = (step % CHUNK_STEPS * K_WARPS + k_warp) * SCALE_BYTES;
+            if (COLUMN_FRAGMENTS > 1 && count <= 8) // one fragment has them
+              multiply_add<1>(slab, x_rows, chunk(step), at, lane);
+            else
+              multiply_add(slab, x_rows, chunk(step), at, lane);
           }
         });
   }
@@ -430,8 +436,8 @@ private:
 
   /// sum += the products of scales and biases with totals, of all groups of a slab: by two a tf32 product over scales,
   /// then biases of both groups, with the totals' high parts, and another with what those leave.
-  METAL_FUNC void add_offsets(const uchar* scales, uint at, const float (&total)[GROUPS][COLUMN_FRAGMENTS][4],
-                              uint lane) {
+  template <uint USED>
+  METAL_FUNC void add_offsets(const uchar* scales, uint at, const float (&total)[GROUPS][USED][4], uint lane) {
     const uint g = lane / 4, t = lane % 4, second = GROUPS > 1 ? t % 2 : 0;
     const uchar* own = scales + g * SCALE_ROW + scale_place(g, t / 2 * CHUNK_BYTES + at) + second * 2;
     // The second factor's element is of row g of x and group t % 2. All lanes of a t hold the same totals: each gives
@@ -439,9 +445,9 @@ private:
     const uint from_lane = (t % 2 * 2 + g % 2) * 4 + g / 2;
 #pragma unroll
     for (uint group = 0; group < GROUPS; group += 2) {
-      uint32_t high[COLUMN_FRAGMENTS], low[COLUMN_FRAGMENTS];
+      uint32_t high[USED], low[USED];
 #pragma unroll
-      for (uint n = 0; n < COLUMN_FRAGMENTS; ++n) {
+      for (uint n = 0; n < USED; ++n) {
         const float (&first)[4] = total[group][n];
         float value = g % 2 ? first[1] : first[0];
         if constexpr (GROUPS > 1) {
@@ -463,7 +469,7 @@ private:
           half_rows[half_row] = __builtin_bit_cast(uint32_t, scale_of(*reinterpret_cast<const uint16_t*>(from), 0));
         }
 #pragma unroll
-        for (uint n = 0; n < COLUMN_FRAGMENTS; ++n) {
+        for (uint n = 0; n < USED; ++n) {
           multiply_add_tf32(sum[f][n], half_rows, high[n]);
           multiply_add_tf32(sum[f][n], half_rows, low[n]);
         }

@@ -117,8 +117,8 @@ METAL_FUNC uint32_t trellis_state_twice(const uint32_t (&stream)[COUNT]) {
     return __byte_perm(early, shifted(WORD + 1), 0x0707);
 }
 
-/// A constant in a register: the compiler would make it anew for each use. All lanes take part, which it does not know.
-METAL_FUNC uint32_t trellis_constant(uint32_t bits) { return __activemask() & bits; }
+/// A constant in a register: the compiler would make it anew for each use. All lanes must take part, with the same bits.
+METAL_FUNC uint32_t trellis_constant(uint32_t bits) { return __reduce_or_sync(ALL_LANES, bits); }
 
 /// States to the fp16 values of a codebook. All lanes must take part.
 template <uint CODEBOOK>
@@ -151,9 +151,11 @@ struct TrellisValues<CUDA_TRELLIS_MUL1> {
   uint32_t even, odd;
   uint32_t high = trellis_constant(0x7AEE0000u); // fp16 0 and 887 * 2^6
 
-  METAL_FUNC explicit TrellisValues(uint lane)
-      : even(lane / 4 == lane % 4 * 2 ? trellis_constant(0x02020202u) : 0u),
-        odd(lane / 4 == lane % 4 * 2 + 1 ? trellis_constant(0x02020202u) : 0u) {}
+  METAL_FUNC explicit TrellisValues(uint lane) {
+    const uint32_t twos = trellis_constant(0x02020202u);
+    even = lane / 4 == lane % 4 * 2 ? twos : 0;
+    odd = lane / 4 == lane % 4 * 2 + 1 ? twos : 0;
+  }
 
   /// Of twice the sums. An integer below 2048 has the bits of the fp16 of as many times 2^-24, so 887 / 2^18 times it
   /// is 887 * 2^6 times that; 1024 of the addend are of the product. The second value goes to the high half, then the
