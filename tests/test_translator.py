@@ -203,10 +203,25 @@ def test_kernels_wait_for_the_one_before(body, before, after):
     """Entry points of the cuda engine: at once, unless the kernel does so; and at the end where it may not have."""
     cuda_source = pytest.importorskip("cuda_source")
     text = f"void early(uint i) {{ wait_for_previous_kernel(); }}\nkernel void f({SIGNATURE}) {{ {body} }}"
-    entry = cuda_source.entry_point(0, read(text, "cuda").instances[0])
+    source = read(text, "cuda")
+    entry = cuda_source.entry_point(0, source.instances[0], source.body)
     wait, call = "metal_sim::wait_for_previous_kernel();", "\n  f("
     first, last = entry.split(call)
     assert (wait in first, wait in last) == (before, after)
+
+
+def test_least_threadgroups():
+    """A constant (template) named after a kernel tells NVRTC how many of its threadgroups run at a time."""
+    cuda_source = pytest.importorskip("cuda_source")
+    text = f"""
+template <uint N> constexpr uint g_least_threadgroups = N / 2;
+kernel void f({SIGNATURE}) {{ out[i] = 1; }}
+template <uint N> [[kernel, max_total_threads_per_threadgroup(64)]] void g({SIGNATURE}) {{ out[i] = N; }}
+template [[host_name("g4")]] [[kernel]] decltype(g<4>) g<4>;
+"""
+    source = read(text, "cuda")
+    bounds = {one.host_name: cuda_source.launch_bounds(one, source.body) for one in source.instances}
+    assert bounds == {"f": "1024", "g4": "64, g_least_threadgroups<4>"}
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ Node* find_node(std::string_view name) {
 
 MoeEngine::MoeEngine(const std::string& device_name, std::string path)
     : context_(device_name, std::move(path)), tuning_(tuning_for(context_.engine())) {
-  tuning_.threadgroup_bytes = static_cast<uint32_t>(context_.device()->maxThreadgroupMemoryLength());
+  tuning_.threadgroup_bytes =
+      static_cast<uint32_t>(context_.device()->maxThreadgroupMemoryLength()) / tuning_.threadgroups_of_memory;
   check_kernel_table(context_.library().function_names(), context_.library().path());
   tables_.push_back(std::make_unique<const TuningTable>());
   table_.store(tables_.back().get(), std::memory_order_release);
@@ -81,8 +82,9 @@ MoeEngine& MoeEngine::get(std::string_view name) {
 const Pipeline& MoeEngine::build_pipeline(KernelIndex kernel, const FunctionConstants& codes) {
   const KernelEntry& entry = kernel_table()[kernel];
   uint32_t simdgroups = kernel_simdgroups(entry);
-  if (tuning_.packed_products && is_packed_down_decode(entry, codes.values[0]))
-    simdgroups = packed_down_simdgroups(code_short_rows(codes.values[0]));
+  if (tuning_.packed_products)
+    if (const uint32_t packed = packed_down_simdgroups(entry, codes.values[0], tuning_.threadgroup_bytes))
+      simdgroups = packed;
   return context_.pipelines().get(
       kernel, {entry.name.c_str(), simdgroups, coded_matrices(entry) != 0, specialized_label}, codes);
 }

@@ -106,13 +106,9 @@ void ExpertsEncoding::down_decode(const BufferView& h) {
   stream.bind(index++, out.view());
   stream.bind_value(index, args);
   stream.threadgroup_memory(0, plan.down_bytes);
-  const bool packed = shape.packed_down_group != 0;
-  const uint32_t wanted =
-      packed ? packed_down_simdgroups(code_short_rows(plan.down_code_flags)) : DOWN_DECODE_SIMDGROUPS;
-  const uint32_t columns =
-      packed ? PACKED_DECODE_COLUMNS : gemv_threadgroup_columns(DOWN_DECODE_COLUMNS, pipeline.simd_width);
-  stream.dispatch(MTL::Size(ceil_div(shape.hidden, columns), shape.tokens, 1),
-                  simdgroups(wanted, pipeline.simd_width) * pipeline.simd_width,
+  const uint32_t blocks = pipeline.simd_width == 1 ? ceil_div(shape.hidden, GEMV_TILE_N) : plan.down_blocks;
+  stream.dispatch(MTL::Size(blocks, shape.tokens, 1),
+                  simdgroups(plan.down_simdgroups, pipeline.simd_width) * pipeline.simd_width,
                   plan.down_weight_bytes + activation_bytes());
 }
 

@@ -132,9 +132,10 @@ uint32_t coded_matrices(const KernelEntry& kernel) {
   return !kernel.quantized ? 0 : kernel.stage == Stage::GateUp ? 2 : 1;
 }
 
-bool is_packed_down_decode(const KernelEntry& kernel, uint32_t code) {
-  return kernel.stage == Stage::Down && kernel.quantized && kernel.variant->family == Family::Decode &&
-         code_is_packed(code, kernel.dtype == Dtype::Fp32 ? 4 : 2);
+uint32_t packed_down_simdgroups(const KernelEntry& kernel, uint32_t code, uint32_t threadgroup_bytes) {
+  const bool packed = kernel.stage == Stage::Down && kernel.quantized && kernel.variant->family == Family::Decode &&
+                      code_is_packed(code, kernel.dtype == Dtype::Fp32 ? 4 : 2);
+  return packed ? packed_down(code_group_size(code), code_short_rows(code), threadgroup_bytes).simdgroups : 0;
 }
 
 uint32_t kernel_simdgroups(const KernelEntry& kernel) {

@@ -57,7 +57,7 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
   const uint64_t routed_rows = shape.trellis ? 0 : uint64_t(shape.tokens) * shape.top_k;
   const uint32_t widest = std::max(shape.intermediate, shape.shared_intermediate);
   const bool short_gate_up = shape.hidden <= PACKED_SHORT_COLUMNS;
-  bool short_down = widest <= PACKED_SHORT_COLUMNS;
+  const bool short_down = widest <= PACKED_SHORT_COLUMNS;
   const auto packed = [&](uint32_t row_tile, uint32_t group, bool short_rows) {
     return group ? packed_tile(row_tile, group, short_rows, tuning.threadgroup_bytes) : PackedTile{};
   };
@@ -104,11 +104,14 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
         tuning.threadgroup_bytes);
     plan.gate_up_bytes = packs_gate_up ? gate_up_tile.bytes : bytes;
     plan.down_bytes = packs_down ? down_tile.bytes : bytes;
-  } else if (!plan.grouped && !shape.packed_down_group) {
-    plan.down_bytes = DOWN_DECODE_MEMORY_BYTES;
-  } else if (!plan.grouped) {
-    short_down = short_down && packed_down_decode_bytes(shape.packed_down_group, true) <= tuning.threadgroup_bytes;
-    plan.down_bytes = packed_down_decode_bytes(shape.packed_down_group, short_down);
+  }
+  if (!plan.grouped) {
+    const PackedDown down = shape.packed_down_group
+                                ? packed_down(shape.packed_down_group, short_down, tuning.threadgroup_bytes)
+                                : PackedDown{DOWN_DECODE_SIMDGROUPS, DOWN_DECODE_COLUMNS, DOWN_DECODE_MEMORY_BYTES};
+    plan.down_simdgroups = down.simdgroups;
+    plan.down_blocks = ceil_div(shape.hidden, down.columns);
+    plan.down_bytes = down.bytes;
   }
   plan.gate_up_code_flags = packs_gate_up && short_gate_up ? CODE_SHORT_ROWS : 0;
   plan.down_code_flags = (packs_down || (!plan.grouped && shape.packed_down_group)) && short_down ? CODE_SHORT_ROWS : 0;

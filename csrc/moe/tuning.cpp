@@ -59,6 +59,7 @@ const Tuning& tuning_for(const std::string& engine) {
                            .largest_row_tile = 128,
                            .trellis_large_batch_rows = 4,
                            .packed_products = true,
+                           .threadgroups_of_memory = 2,
                            .threadgroup_pad_bytes = 0};
   // The published table, but every kernel is selected for some shape.
   static const Tuning exact{.largest_row_tile = 128};

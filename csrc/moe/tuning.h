@@ -40,7 +40,10 @@ struct Tuning {
   /// Whether kernels decode 4-bit affine codes, and trellis codes for rows, straight into operands of matrix
   /// instructions: moe/packed_product.h, moe/trellis_product.h.
   bool packed_products = false;
-  /// Threadgroup memory that a matrix family's kernels were compiled for: what the device has.
+  /// Threadgroups that the memory which a device gives one of them is to hold: loads of one are under way while another
+  /// multiplies.
+  uint32_t threadgroups_of_memory = 1;
+  /// Threadgroup memory that a matrix family's kernels were compiled for: that part of what the device has.
   uint32_t threadgroup_bytes = 32 << 10;
   /// Between staged rows of 16-bit elements there.
   uint32_t threadgroup_pad_bytes = ROW_PAD_BYTES;

@@ -29,7 +29,7 @@ struct CudaBinary {
 CudaBinary cuda_binary(const CudaSource& source, const std::string& kernel, const std::vector<std::string>& definitions,
                        int architecture, bool use_cache = true);
 
-/// Threadgroup memory that kernels for an architecture are compiled for: half of a multiprocessor's shared memory, so
+/// Threadgroup memory that most kernels for an architecture are compiled for: half of a multiprocessor's shared memory, so
 /// that it holds two threadgroups, whose loads and arithmetic overlap.
 uint32_t cuda_threadgroup_bytes(int architecture);
 

@@ -81,7 +81,7 @@ public:
   }
 
   uint32_t max_threads_per_threadgroup() const override { return MAX_THREADS_PER_THREADGROUP; }
-  uint32_t max_threadgroup_memory() const override { return cuda_threadgroup_bytes(architecture_); }
+  uint32_t max_threadgroup_memory() const override { return 2 * cuda_threadgroup_bytes(architecture_); }
   const char* name() const override { return "cuda"; }
   const std::string& device_name() const { return device_name_; }
   int architecture() const { return architecture_; }
@@ -290,8 +290,10 @@ private:
     check_cuda(driver.function_attribute(&threads, CUDA_FUNCTION_MAX_THREADS, function), "threads of a kernel");
     const auto takes_memory = [](const KernelArgument& argument) { return argument.kind == ArgumentKind::Threadgroup; };
     if (std::any_of(kernel.arguments, kernel.arguments + kernel.argument_count, takes_memory)) {
+      int own = 0;
+      check_cuda(driver.function_attribute(&own, CUDA_FUNCTION_SHARED_BYTES, function), "shared memory of a kernel");
       check_cuda(driver.set_function_attribute(function, CUDA_FUNCTION_MAX_DYNAMIC_SHARED_BYTES,
-                                               int(max_threadgroup_memory())),
+                                               int(max_threadgroup_memory()) - own),
                  "shared memory of a kernel");
       // Left to itself the driver may divide it so that one threadgroup fits.
       check_cuda(driver.set_function_attribute(function, CUDA_FUNCTION_SHARED_CARVEOUT, 100),

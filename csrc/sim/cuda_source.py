@@ -88,7 +88,18 @@ def constant_default(constant: FunctionConstant) -> str:
 """
 
 
-def entry_point(number: int, instance: Instance) -> str:
+def launch_bounds(instance: Instance, body: str) -> str:
+    """What the compiler is told of a kernel's threadgroups: threads and, where the source has a constant (template)
+    KERNEL_least_threadgroups, how many a multiprocessor is to run at a time. It then takes all registers that these
+    leave it; otherwise fewer, and instructions wait for each other."""
+    kernel = instance.kernel
+    least = f"{kernel.name}_least_threadgroups"
+    if not re.search(rf"\b{least}\b", body):
+        return kernel.max_threads
+    return f"{kernel.max_threads}, {least}{instance.function.removeprefix(kernel.name)}"
+
+
+def entry_point(number: int, instance: Instance, body: str) -> str:
     """The kernel that the GPU runs: unpacks its parameters and calls the translated function for one thread."""
     parameters, call = [], []
     for place, parameter in enumerate(instance.kernel.parameters):
@@ -116,7 +127,7 @@ def entry_point(number: int, instance: Instance) -> str:
 #if defined(METAL_SIM_ENTRY_{name}) || defined(METAL_SIM_ALL_ENTRIES)
 namespace metal_sim_kernels {{
 using Parameters{number} = metal_sim::Parameters<decltype(&{instance.function})>;
-extern "C" __global__ void __launch_bounds__({instance.kernel.max_threads}) {name}(
+extern "C" __global__ void __launch_bounds__({launch_bounds(instance, body)}) {name}(
     {separator.join(parameters)}) {{
   using P [[maybe_unused]] = Parameters{number};{at_entry}
   [[maybe_unused]] const metal_sim::ThreadContext context = metal_sim::cuda_context(launch);
@@ -136,7 +147,7 @@ def emit(source: Source, name: str) -> str:
     descriptions = "".join(constant_description(one) for one in source.constants)
     descriptions += "\n".join(description(instance) for instance in source.instances)
     constants = "".join(constant_default(one) for one in source.constants)
-    entries = "".join(entry_point(number, instance) for number, instance in enumerate(source.instances))
+    entries = "".join(entry_point(number, instance, source.body) for number, instance in enumerate(source.instances))
     return f"""{descriptions}
 // Translated from {name} by translate.py.
 {prelude}

@@ -11,7 +11,13 @@
 
 #ifdef METAL_SIM_CUDA
 constexpr constant uint DOWN_MAX_SIMDGROUPS =
-    code_is_packed(FIRST_MATRIX, 2) ? packed_down_simdgroups(code_short_rows(FIRST_MATRIX)) : DOWN_LANE_SIMDGROUPS;
+    code_is_packed(FIRST_MATRIX, 2)
+        ? packed_down(code_group_size(FIRST_MATRIX), code_short_rows(FIRST_MATRIX), THREADGROUP_BYTES).simdgroups
+        : DOWN_LANE_SIMDGROUPS;
+template <typename T>
+constexpr uint down_quantized_decode_least_threadgroups = code_is_packed(FIRST_MATRIX, sizeof(T)) ? 1 : 0;
+template <typename T, uint ROW_TILE, uint TILE_N>
+constexpr uint down_quantized_gemm_least_threadgroups = packed_least_threadgroups<T, FIRST_MATRIX, ROW_TILE>();
 #else
 constexpr constant uint DOWN_MAX_SIMDGROUPS = DOWN_LANE_SIMDGROUPS;
 #endif

@@ -90,9 +90,6 @@ SHARED_CONSTANT uint PACKED_SHORT_COLUMNS = 2048;
 SHARED_CONSTANT uint PACKED_DECODE_COLUMNS = 16;
 SHARED_CONSTANT uint PACKED_DECODE_SLAB = 256;
 SHARED_CONSTANT uint PACKED_DECODE_STAGES = 2;
-/// Simdgroups of `down`. With short rows they ask for their first weights ahead of gate_up's end, when nothing else has
-/// a use for a GPU's registers.
-constexpr uint packed_down_simdgroups(bool short_rows) { return short_rows ? 16 : 8; }
 /// As GATE_UP_RESIDENT_THREADGROUPS, 4 on a core.
 SHARED_CONSTANT uint PACKED_RESIDENT_THREADGROUPS = 528;
 /// Slots of a token that `down` takes at a time.
@@ -136,11 +133,23 @@ constexpr PackedTile packed_tile(uint x_rows, uint group, bool short_rows, uint 
   return {rows, rows * (GEMM_SIMDGROUPS / packed_k_simdgroups(short_rows)), bytes,
           x_rows <= PACKED_ROW_TILE && bytes <= limit};
 }
-constexpr uint packed_down_decode_bytes(uint group, bool short_rows) {
-  const uint simdgroups = packed_down_simdgroups(short_rows);
-  return packed_bytes(simdgroups, simdgroups, PACKED_DECODE_COLUMNS, 1, PACKED_DECODE_SLAB, PACKED_DECODE_STAGES, group,
-                      0) +
+
+/// `down` of one token where a threadgroup may have `limit` bytes, or twice as many if one on a core is enough.
+struct PackedDown {
+  uint simdgroups; // of a threadgroup
+  uint columns;    // its weight rows
+  uint bytes;      // of threadgroup memory
+};
+constexpr uint packed_down_bytes(uint simdgroups, uint columns, uint group) {
+  return packed_bytes(simdgroups, simdgroups, columns, 1, PACKED_DECODE_SLAB, PACKED_DECODE_STAGES, group, 0) +
          PACKED_SLOTS * PACKED_SLOT_BYTES;
+}
+constexpr PackedDown packed_down(uint group, bool short_rows, uint limit) {
+  // More weight rows share what is done for x; with short rows there would be too few threadgroups.
+  const uint columns = short_rows ? 16 : 32; // 32: weight rows
+  if (packed_down_bytes(16, columns, group) <= 2 * limit)
+    return {16, columns, packed_down_bytes(16, columns, group)};
+  return {8, 16, packed_down_bytes(8, 16, group)};
 }
 
 // `simd` and vectorised loads need rows that start at multiples of this many bytes.

@@ -89,6 +89,12 @@ inline void gate_up_quantized_gemv(thread const Source& rows, uint count, thread
 template <bool GATED>
 constexpr uint GATE_UP_CODE = !GATED || FIRST_MATRIX == SECOND_MATRIX ? FIRST_MATRIX : 0;
 
+template <typename T, bool GATED>
+constexpr uint gate_up_quantized_decode_least_threadgroups = code_is_packed(GATE_UP_CODE<GATED>, sizeof(T)) ? 4 : 0;
+template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
+constexpr uint gate_up_quantized_gemm_least_threadgroups =
+    packed_least_threadgroups<T, GATE_UP_CODE<GATED>, ROW_TILE>();
+
 /// Whether it has done what gate_up_quantized_decode does.
 template <typename T, bool GATED>
 inline bool gate_up_packed_decode(thread const OneRow<T>& rows, thread const GateUpParts& gate,

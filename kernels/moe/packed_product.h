@@ -22,6 +22,15 @@ inline uint tile_columns(uint code, uint element_bytes, uint row_tile, uint matr
 
 #ifdef METAL_SIM_CUDA
 
+/// How many threadgroups of a kernel for rows of T a multiprocessor is to run at a time, for the compiler: as many as
+/// their memory allows. 0: it is not a packed product, and the compiler decides.
+template <typename T, uint CODE, uint ROW_TILE>
+constexpr uint packed_least_threadgroups() {
+  if (!code_is_packed(CODE, sizeof(T)) || ROW_TILE > PACKED_ROW_TILE)
+    return 0;
+  return ROW_TILE <= BASE_ROW_TILE ? 4 : code_short_rows(CODE) ? 3 : 2;
+}
+
 inline metal_sim::PackedMatrix packed_matrix(thread const QuantizedMatrix& matrix) {
   return {matrix.codes, matrix.scales, matrix.biases, matrix.codes_stride, matrix.scales_stride};
 }
@@ -33,9 +42,9 @@ using PackedProductOf =
     metal_sim::PackedProduct<T, code_group_size(CODE), code_scale_type(CODE) == SCALE_FP16, MATRICES, WEIGHT_ROWS,
                              X_ROWS, SLAB, SIMDGROUPS, K_SIMDGROUPS, STAGES, CHUNK_STEPS>;
 /// For one token: no simdgroup waits for another's scales.
-template <typename T, uint CODE, uint MATRICES, uint SIMDGROUPS>
-using PackedDecodeOf = PackedProductOf<T, CODE, MATRICES, PACKED_DECODE_COLUMNS, 1, PACKED_DECODE_SLAB, SIMDGROUPS,
-                                       SIMDGROUPS, PACKED_DECODE_STAGES, 0>;
+template <typename T, uint CODE, uint MATRICES, uint WEIGHT_ROWS, uint SIMDGROUPS>
+using PackedDecodeOf = PackedProductOf<T, CODE, MATRICES, WEIGHT_ROWS, 1, PACKED_DECODE_SLAB, SIMDGROUPS, SIMDGROUPS,
+                                       PACKED_DECODE_STAGES, 0>;
 
 /// store(row, column, sums) for pairs of neighbouring columns, after `gather`.
 template <typename Product, uint MATRICES, uint WEIGHT_ROWS, typename Store>
@@ -86,7 +95,7 @@ inline bool multiply_packed_row(device const T* x, thread const QuantizedMatrix 
                                 uint first_column, uint columns, uint K, thread const Store& store, uint simdgroup,
                                 uint lane) {
   if constexpr (code_is_packed(CODE, sizeof(T))) {
-    using Product = PackedDecodeOf<T, CODE, MATRICES, GEMV_LANE_SIMDGROUPS>;
+    using Product = PackedDecodeOf<T, CODE, MATRICES, PACKED_DECODE_COLUMNS, GEMV_LANE_SIMDGROUPS>;
     __shared__ __align__(16) uchar memory[Product::BYTES];
     metal_sim::PackedMatrix packed[MATRICES];
     UNROLL
@@ -140,15 +149,15 @@ inline bool down_packed_decode(device const T* h, thread const ExpertPart& route
                                threadgroup float* sums, uint block, uint token, uint simdgroup, uint lane) {
   if constexpr (code_is_packed(CODE, sizeof(T))) {
     constexpr bool SHORT = code_short_rows(CODE);
-    constexpr uint SIMDGROUPS = packed_down_simdgroups(SHORT);
-    using Product = PackedDecodeOf<T, CODE, 1, SIMDGROUPS>;
-    static_assert(Product::BYTES + PACKED_SLOTS * PACKED_SLOT_BYTES <=
-                      packed_down_decode_bytes(code_group_size(CODE), SHORT),
+    constexpr PackedDown SIZES = packed_down(code_group_size(CODE), SHORT, THREADGROUP_BYTES);
+    constexpr uint SIMDGROUPS = SIZES.simdgroups, COLUMNS = SIZES.columns;
+    using Product = PackedDecodeOf<T, CODE, 1, COLUMNS, SIMDGROUPS>;
+    static_assert(Product::BYTES + PACKED_SLOTS * PACKED_SLOT_BYTES <= SIZES.bytes,
                   "the host gives what the kernel takes");
     threadgroup uchar* memory = reinterpret_cast<threadgroup uchar*>(sums);
     PackedSlot<T>* table = reinterpret_cast<PackedSlot<T>*>(memory + Product::BYTES);
     const uint thread_index = simdgroup * SIMD_WIDTH + lane;
-    const uint first_column = block * PACKED_DECODE_COLUMNS, slots = args.top_k + args.shared;
+    const uint first_column = block * COLUMNS, slots = args.top_k + args.shared;
     Product total, product;
     total.clear();
     product.clear();
@@ -185,8 +194,8 @@ inline bool down_packed_decode(device const T* h, thread const ExpertPart& route
             const metal_sim::PackedMatrix matrix[1] = {slot.matrix};
             const uint first = (index - copied.first) * PACKED_DECODE_SLAB;
             Product::copy_codes(slab, matrix, first_column, args.hidden - 1, first, slot.K, lane);
-            Product::copy_scales(slab + Product::SCALES_AT, matrix, first_column, args.hidden - 1, first, slot.K, lane,
-                                 SIMD_WIDTH);
+            Product::template copy_scales<SIMD_WIDTH>(slab + Product::SCALES_AT, matrix, first_column, args.hidden - 1,
+                                                      first, slot.K, lane);
           },
           [] { wait_for_previous_kernel(); },
           [&](uchar* to, uint step) {
@@ -209,7 +218,7 @@ inline bool down_packed_decode(device const T* h, thread const ExpertPart& route
     }
     total.gather(memory, simdgroup, lane);
     const uint column = first_column + thread_index;
-    if (thread_index >= PACKED_DECODE_COLUMNS || column >= args.hidden)
+    if (thread_index >= COLUMNS || column >= args.hidden)
       return true;
     float sum = Product::at(memory, 0, 0, thread_index);
     if (args.has_bias)

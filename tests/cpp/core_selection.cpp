@@ -232,10 +232,16 @@ TEST(Plan, PackedProductsHaveGridsOfTheirOwn) {
   shape.packed_down_group = 32;
   EXPECT_EQ(plan(Family::LargeBatch, 100 << 10).down_blocks, 2048u / 128);
   EXPECT_EQ(plan(Family::LargeBatch, 100 << 10).down_bytes, packed_tile_bytes(64, 16, 32, true));
-  EXPECT_EQ(plan(Family::Decode, 100 << 10).down_bytes, packed_down_decode_bytes(32, true));
+  EXPECT_EQ(plan(Family::Decode, 100 << 10).down_bytes, packed_down_bytes(16, 16, 32));
+  EXPECT_EQ(plan(Family::Decode, 100 << 10).down_simdgroups, 16u);
   EXPECT_EQ(plan(Family::Decode, 100 << 10).down_code_flags, CODE_SHORT_ROWS);
-  EXPECT_EQ(plan(Family::Decode, 64 << 10).down_bytes, packed_down_decode_bytes(32, false)) << "fewer simdgroups fit";
-  EXPECT_EQ(plan(Family::Decode, 64 << 10).down_code_flags, 0u);
+  EXPECT_EQ(plan(Family::Decode, 48 << 10).down_bytes, packed_down_bytes(8, 16, 32)) << "fewer simdgroups fit";
+  EXPECT_EQ(plan(Family::Decode, 48 << 10).down_simdgroups, 8u);
+  shape.intermediate = 4096; // long rows of down
+  EXPECT_EQ(plan(Family::Decode, 113 << 10).down_blocks, 2048u / 32);
+  EXPECT_EQ(plan(Family::Decode, 113 << 10).down_bytes, packed_down_bytes(16, 32, 32));
+  EXPECT_EQ(plan(Family::Decode, 80 << 10).down_blocks, 2048u / 16) << "more weight rows do not fit";
+  shape.intermediate = 1536;
   shape.packed_gate_up_group = 64;
   shape.hidden = 4096; // long rows of gate and up
   EXPECT_EQ(plan(Family::LargeBatch, 150 << 10).gate_up_blocks, 25u) << "1540 columns, 64 of gate and 64 of up again";

@@ -101,6 +101,11 @@ void copy_async_if(void* to, const void* from, bool wanted) {
   if (wanted)
     std::memcpy(to, from, 16);
 }
+template <uint TO, uint FROM>
+void copy_async_at(void* to, const void* from, bool wanted) {
+  if (wanted)
+    std::memcpy(static_cast<uchar*>(to) + TO, static_cast<const uchar*>(from) + FROM, 16);
+}
 template <uint BYTES>
 void copy_async_part(void* to, const void* from, uint count) {
   std::memset(to, 0, BYTES);
@@ -258,6 +263,7 @@ TEST(PackedProduct, OneRowOfX) {
   EXPECT_LT((error_of<bfloat, 32, bfloat, 1, 16, 1, 256, 4>(16, 544, 1, 0)), ROUNDING);
   EXPECT_LT((error_of<half, 128, bfloat, 1, 16, 1, 256, 4>(48, 384, 1, 32)), ROUNDING);
   EXPECT_LT((error_of<bfloat, 64, bfloat, 1, 16, 1, 256, 16>(40, 9216, 1, 16)), ROUNDING);
+  EXPECT_LT((error_of<bfloat, 64, bfloat, 1, 32, 1, 256, 16>(64, 9216, 1, 32)), ROUNDING);
 }
 
 TEST(PackedProduct, SlabsThatEndBeyondKAndScalesThatAreNotAligned) {
@@ -271,6 +277,7 @@ TEST(PackedProduct, TilesOfRows) {
   EXPECT_LT((error_of<half, 64, bfloat, 1, 64, 16, 128, 4>(70, 640, 13, 0)), ROUNDING);
   EXPECT_LT((error_of<bfloat, 128, bfloat, 2, 32, 8, 128, 4>(64, 256, 3, 32)), ROUNDING);
   EXPECT_LT((error_of<bfloat, 64, bfloat, 2, 64, 16, 128, 4>(96, 2176, 11, 0)), ROUNDING);
+  EXPECT_LT((error_of<bfloat, 64, bfloat, 2, 64, 16, 128, 4>(64, 1152, 8, 0)), ROUNDING);
   EXPECT_LT((error_of<bfloat, 64, bfloat, 2, 32, 8, 128, 4, 2>(96, 768, 7, 0)), ROUNDING);
   EXPECT_LT((error_of<half, 32, half, 1, 64, 16, 128, 4, 2>(80, 1056, 16, 0)), ROUNDING);
 }

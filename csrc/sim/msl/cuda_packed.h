@@ -137,44 +137,30 @@ struct PackedProduct {
   /// codes makes no difference to the sums that are looked at.
   METAL_FUNC static void copy_codes(uchar* slab, const PackedMatrix (&matrices)[MATRICES], uint first_row,
                                     uint last_row, uint first, uint K, uint lane) {
-    constexpr uint ROWS_AT_ONCE = SIMD_WIDTH / PIECES;
-    const uint piece = lane % PIECES, lane_row = lane / PIECES, k = first + piece * PIECE_CODES;
-#pragma unroll
-    for (uint m = 0; m < MATRICES; ++m) {
-      const uchar* from = matrices[m].codes + size_t(first_row + lane_row) * matrices[m].codes_stride + k / 2;
-#pragma unroll
-      for (uint i = 0; i < WEIGHT_ROWS; i += ROWS_AT_ONCE) {
-        const uint row = m * WEIGHT_ROWS + i + lane_row;
-        copy_async_if(slab + row * ROW_BYTES + (piece ^ swizzle(row)) * 16, from + size_t(i) * matrices[m].codes_stride,
-                      k < K && first_row + lane_row + i <= last_row);
-      }
-    }
+    if (first + SLAB <= K && first_row + WEIGHT_ROWS <= last_row + 1)
+      copy_code_pieces<true>(slab, matrices, first_row, last_row, first, K, lane);
+    else
+      copy_code_pieces<false>(slab, matrices, first_row, last_row, first, K, lane);
   }
 
   /// The same of rows of x, whose columns beyond K are zeros.
   METAL_FUNC static void copy_rows(uchar* to, const OwnRows& x, uint first, uint K, uint lane) {
-#pragma unroll
-    for (uint n = 0; n < OwnRows::COUNT; ++n) {
-      const uint row = n * X_ROWS_AT_ONCE + lane / X_LANES, own = lane % X_LANES;
-      if (row >= X_ROWS)
-        continue;
-      const T* from = x.row[n] + first + own * 8;
-#pragma unroll
-      for (uint i = 0; i < SLAB / 8; i += X_LANES)
-        copy_async(to + row * X_BYTES + (i ^ own ^ x_swizzle(row)) * 16, from + i * 8,
-                   row < x.count && first + (i + own) * 8 < K);
-    }
+    if (first + SLAB <= K)
+      copy_row_pieces<true>(to, x, first, K, lane);
+    else
+      copy_row_pieces<false>(to, x, first, K, lane);
   }
 
-  /// Starts copying the scales and biases of a chunk of columns that begins with `first`, by `threads` threads. What is
+  /// Starts copying the scales and biases of a chunk of columns that begins with `first`, by THREADS threads. What is
   /// beyond K is zeros.
+  template <uint THREADS>
   METAL_FUNC static void copy_scales(uchar* to, const PackedMatrix (&matrices)[MATRICES], uint first_row, uint last_row,
-                                     uint first, uint K, uint thread_index, uint threads) {
+                                     uint first, uint K, uint thread_index) {
     // What follows is done anew each time: kept in registers, the addresses of all widths would be most of them.
     thread_index = unknown(thread_index);
     const uint width = min(matrices[0].scale_width(), matrices[MATRICES - 1].scale_width());
     const auto copy_by = [&](auto size) {
-      copy_scales_by<decltype(size)::BYTES>(to, matrices, first_row, last_row, first, K, thread_index, threads);
+      copy_scales_by<decltype(size)::BYTES, THREADS>(to, matrices, first_row, last_row, first, K, thread_index);
     };
     if (CHUNK_BYTES >= 16 && width >= 16)
       copy_by(CopySize<16>{});
@@ -360,10 +346,10 @@ struct PackedProduct {
           if (CHUNK_STEPS == 0 || index < slabs)
             copy_codes(slab, matrices, first_row, last_row, index * SLAB, K, lane);
           if constexpr (CHUNK_STEPS == 0)
-            copy_scales(slab + SCALES_AT, matrices, first_row, last_row, index * SLAB, K, lane, SIMD_WIDTH);
+            copy_scales<SIMD_WIDTH>(slab + SCALES_AT, matrices, first_row, last_row, index * SLAB, K, lane);
           else if (step % CHUNK_STEPS == 0)
-            copy_scales(chunk(step), matrices, first_row, last_row, step * K_WARPS * SLAB, K,
-                        k_warp * SIMD_WIDTH + lane, K_WARPS * SIMD_WIDTH);
+            copy_scales<K_WARPS * SIMD_WIDTH>(chunk(step), matrices, first_row, last_row, step * K_WARPS * SLAB, K,
+                                              k_warp * SIMD_WIDTH + lane);
         },
         [] {},
         [&](uchar* to, uint step) {
@@ -412,26 +398,82 @@ private:
     return byte ^ row / (8 / SCALE_PIECES) % SCALE_PIECES * 16;
   }
 
-  template <uint WIDTH>
+  /// WHOLE: all rows and columns are there. Places repeat after eight rows: what differs is constant.
+  template <bool WHOLE>
+  METAL_FUNC static void copy_code_pieces(uchar* slab, const PackedMatrix (&matrices)[MATRICES], uint first_row,
+                                          uint last_row, uint first, uint K, uint lane) {
+    const uint piece = lane % PIECES, row = lane / PIECES, k = first + piece * PIECE_CODES;
+    const auto copy = [&](auto at) {
+      constexpr uint M = decltype(at)::AT / WEIGHT_ROWS, I = decltype(at)::AT % WEIGHT_ROWS;
+      const PackedMatrix matrix = matrices[M];
+      const uchar* from = matrix.codes + size_t(first_row + row) * matrix.codes_stride + k / 2;
+      copy_async_at<decltype(at)::AT * ROW_BYTES, 0>(slab + row * ROW_BYTES + (piece ^ swizzle(row + I % 8)) * 16,
+                                                     from + size_t(I) * matrix.codes_stride,
+                                                     WHOLE || (k < K && first_row + row + I <= last_row));
+    };
+    for_each_place<0, ROWS, SIMD_WIDTH / PIECES>(copy);
+  }
+
+  template <bool WHOLE>
+  METAL_FUNC static void copy_row_pieces(uchar* to, const OwnRows& x, uint first, uint K, uint lane) {
+#pragma unroll
+    for (uint n = 0; n < OwnRows::COUNT; ++n) {
+      const uint row = n * X_ROWS_AT_ONCE + lane / X_LANES, own = lane % X_LANES;
+      if (row >= X_ROWS)
+        continue;
+      const T* from = x.row[n] + first + own * 8;
+      const auto copy = [&](auto at) {
+        constexpr uint I = decltype(at)::AT;
+        uchar* place = to + row * X_BYTES + (I % 8 ^ own ^ x_swizzle(row)) * 16;
+        if constexpr (WHOLE)
+          copy_async_at<I / 8 * 128, I * 16>(place, from, row < x.count); // sums of other rows are not looked at
+        else
+          copy_async(place + I / 8 * 128, from + I * 8, row < x.count && first + (I + own) * 8 < K);
+      };
+      for_each_place<0, SLAB / 8, X_LANES>(copy);
+    }
+  }
+
+  template <uint WIDTH, uint THREADS>
   METAL_FUNC static void copy_scales_by(uchar* to, const PackedMatrix (&matrices)[MATRICES], uint first_row,
-                                        uint last_row, uint first, uint K, uint thread_index, uint threads) {
+                                        uint last_row, uint first, uint K, uint thread_index) {
     constexpr uint COPIES = (CHUNK_BYTES + WIDTH - 1) / WIDTH; // of a row's scales
-    const uint bytes = min((K - first + GROUP - 1) / GROUP * 2, CHUNK_BYTES);
-#pragma unroll 1
-    for (uint i = thread_index; i < 2 * COPIES * ROWS; i += threads) {
-      const uint row = i / (2 * COPIES), at = i % COPIES * WIDTH;
-      const bool bias = i / COPIES % 2;
-      const bool second = MATRICES == 2 && row >= WEIGHT_ROWS;
-      const PackedMatrix matrix = second ? matrices[MATRICES - 1] : matrices[0]; // not by index: they are registers
+    constexpr uint AT_ONCE = THREADS / (2 * COPIES);           // rows: a thread has the same part of all of its own
+    static_assert(THREADS % (2 * COPIES) == 0 && AT_ONCE > 0);
+    const uint own = thread_index / (2 * COPIES), at = thread_index % COPIES * WIDTH;
+    const bool bias = thread_index / COPIES % 2;
+    const uint bytes = min((K - first + GROUP - 1) / GROUP * 2, CHUNK_BYTES),
+               count = at < bytes ? min(bytes - at, WIDTH) : 0;
+    const auto copy = [&](auto place) {
+      const uint row = decltype(place)::AT + own;
+      if (ROWS % AT_ONCE != 0 && row >= ROWS)
+        return;
+      // By value and by a constant: they are registers.
+      const bool second = WEIGHT_ROWS % AT_ONCE == 0 ? decltype(place)::AT >= WEIGHT_ROWS : row >= WEIGHT_ROWS;
+      const PackedMatrix matrix = second ? matrices[MATRICES - 1] : matrices[0];
       const uchar* from = (bias ? matrix.biases : matrix.scales) +
                           size_t(min(first_row + row % WEIGHT_ROWS, last_row)) * matrix.scales_stride +
                           first / GROUP * 2 + at;
-      uchar* place = to + row * SCALE_ROW + scale_place(row, (bias ? CHUNK_BYTES : 0) + at);
+      uchar* to_row = to + row * SCALE_ROW + scale_place(row, (bias ? CHUNK_BYTES : 0) + at);
       if constexpr (WIDTH == 2)
-        *reinterpret_cast<uint16_t*>(place) = at < bytes ? *reinterpret_cast<const uint16_t*>(from) : uint16_t(0);
+        *reinterpret_cast<uint16_t*>(to_row) = count ? *reinterpret_cast<const uint16_t*>(from) : uint16_t(0);
       else
-        copy_async_part<WIDTH>(place, from, at < bytes ? min(bytes - at, WIDTH) : 0);
-    }
+        copy_async_part<WIDTH>(to_row, from, count);
+    };
+    for_each_place<0, ROWS, AT_ONCE>(copy);
+  }
+
+  /// function(Place<at>) for at = AT, AT + STEP, ... below END: constants, of which offsets in instructions can be
+  /// made.
+  template <uint AT_>
+  struct Place {
+    static constexpr uint AT = AT_;
+  };
+  template <uint AT, uint END, uint STEP, typename Function>
+  METAL_FUNC static void for_each_place(const Function& function) {
+    function(Place<AT>{});
+    if constexpr (AT + STEP < END)
+      for_each_place<AT + STEP, END, STEP>(function);
   }
 
   /// sum += the products of scales and biases with totals, of all groups of a slab: by two a tf32 product over scales,

@@ -25,6 +25,15 @@ METAL_FUNC void copy_async_if(void* to, const void* from, bool wanted) {
                "l"(from), "r"(uint32_t(wanted))
                : "memory");
 }
+/// The same with constants, bytes, added to both addresses.
+template <uint TO, uint FROM>
+METAL_FUNC void copy_async_at(void* to, const void* from, bool wanted) {
+  asm volatile("{.reg .pred p;\n\t"
+               "setp.ne.u32 p, %2, 0;\n\t"
+               "@p cp.async.cg.shared.global.L2::256B [%0 + %3], [%1 + %4], 16;}" ::"r"(shared_address(to)),
+               "l"(from), "r"(uint32_t(wanted)), "n"(TO), "n"(FROM)
+               : "memory");
+}
 METAL_FUNC void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <uint PENDING>
 METAL_FUNC void copy_wait() {
