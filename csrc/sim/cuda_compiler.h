@@ -29,8 +29,8 @@ struct CudaBinary {
 CudaBinary cuda_binary(const CudaSource& source, const std::string& kernel, const std::vector<std::string>& definitions,
                        int architecture, bool use_cache = true);
 
-/// Threadgroup memory that most kernels for an architecture are compiled for: half of a multiprocessor's shared memory, so
-/// that it holds two threadgroups, whose loads and arithmetic overlap.
+/// Threadgroup memory that most kernels for an architecture are compiled for: half of a multiprocessor's shared memory,
+/// so that it holds two threadgroups, whose loads and arithmetic overlap.
 uint32_t cuda_threadgroup_bytes(int architecture);
 
 /// "13.0". std::runtime_error where there is no NVRTC.

@@ -117,7 +117,8 @@ METAL_FUNC uint32_t trellis_state_twice(const uint32_t (&stream)[COUNT]) {
     return __byte_perm(early, shifted(WORD + 1), 0x0707);
 }
 
-/// A constant in a register: the compiler would make it anew for each use. All lanes must take part, with the same bits.
+/// A constant in a register: the compiler would make it anew for each use. All lanes must take part, with the same
+/// bits.
 METAL_FUNC uint32_t trellis_constant(uint32_t bits) { return __reduce_or_sync(ALL_LANES, bits); }
 
 /// States to the fp16 values of a codebook. All lanes must take part.
