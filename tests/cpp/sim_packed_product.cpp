@@ -97,10 +97,6 @@ void copy_async(void* to, const void* from, bool inside) {
   else
     std::memset(to, 0, 16);
 }
-void copy_async_if(void* to, const void* from, bool wanted) {
-  if (wanted)
-    std::memcpy(to, from, 16);
-}
 template <uint TO, uint FROM>
 void copy_async_at(void* to, const void* from, bool wanted) {
   if (wanted)

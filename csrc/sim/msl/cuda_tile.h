@@ -17,15 +17,7 @@ METAL_FUNC void copy_async(void* to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                : "memory");
 }
-/// 16 bytes as above where `wanted`, else nothing.
-METAL_FUNC void copy_async_if(void* to, const void* from, bool wanted) {
-  asm volatile("{.reg .pred p;\n\t"
-               "setp.ne.u32 p, %2, 0;\n\t"
-               "@p cp.async.cg.shared.global.L2::256B [%0], [%1], 16;}" ::"r"(shared_address(to)),
-               "l"(from), "r"(uint32_t(wanted))
-               : "memory");
-}
-/// The same with constants, bytes, added to both addresses.
+/// 16 bytes as above where `wanted`, else nothing. TO, FROM: bytes added to the addresses.
 template <uint TO, uint FROM>
 METAL_FUNC void copy_async_at(void* to, const void* from, bool wanted) {
   asm volatile("{.reg .pred p;\n\t"
