@@ -326,6 +326,32 @@ def test_mxfp8_nan_is_nan(use_engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_one_token_of_extreme_elements(use_engine, engine, dtype, group):
+    """Products of a group in integers: elements far apart, groups of zeros, of the smallest and of no numbers."""
+    use_engine(engine)
+    # An odd number of groups, and more than a piece of x.
+    sizes = [(17 * group, 3 * group, 4), (4096 + group, group, 4)] if engine == "native" else [(17 * group, group, 1)]
+    for hidden, intermediate, experts in sizes:
+        layer = make_layer(1, hidden, intermediate, experts, 1, dtype)
+        w1, w2 = (quantized(w, format="affine", bits=4, group_size=group) for w in (layer.w1, layer.w2))
+        x = layer.hidden_states
+        check(layer, w1, w2)
+        x[0, 7] = 300.0
+        x[0, 128:256] = 0.0
+        x[0, 256:384] *= torch.finfo(dtype).smallest_normal
+        x[0, -1] = -100.0
+        check(layer, w1, w2)
+        x *= torch.finfo(dtype).smallest_normal
+        small = Layer(x, w1, w2, layer.topk_weights, layer.topk_ids).run()
+        assert small.isfinite().all() and small.abs().max() < 1e-3
+        for bad in (torch.nan, torch.inf):
+            x[0, 300] = bad
+            assert not Layer(x, w1, w2, layer.topk_weights, layer.topk_ids).run().isfinite().any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_codes_that_are_not_aligned(use_engine, engine):
     """Up begins inside a fused tensor, at 4 bytes' alignment: 3-bit rows of 32 columns have 12 bytes."""
     use_engine(engine)

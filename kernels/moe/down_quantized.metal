@@ -101,7 +101,7 @@ down_quantized_decode(device const T* h [[buffer(0)]], device const uchar* codes
                       constant ExpertsArgs& args [[buffer(14)]], threadgroup float* sums [[threadgroup(0)]],
                       uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                       uint lane [[thread_index_in_simdgroup]]) {
-  constexpr uint N = SIMD_WIDTH == 1 ? one_lane_weight_rows<1>() : DOWN_DECODE_COLUMNS;
+  constexpr uint N = SIMD_WIDTH == 1 ? quantized_columns<1>() : DOWN_DECODE_COLUMNS;
   const uint first_column = group.x * DOWN_DECODE_THREADGROUP_COLUMNS, token = group.y;
   const ExpertPart routed{codes, scales, biases, table},
       shared{shared_codes, shared_scales, shared_biases, shared_table};
@@ -142,7 +142,7 @@ down_quantized_decode(device const T* h [[buffer(0)]], device const uchar* codes
 /// Columns column .. column + R - 1 of y, in prefill4.
 template <typename T, typename Source>
 struct DownQuantizedBlock {
-  static constexpr constant uint R = gemv_columns<GEMV_ROWS, 1>(QUANTIZED_COLUMNS);
+  static constexpr constant uint R = quantized_columns<GEMV_ROWS>();
   Source rows;
   device float* y;      // of the tile's first row
   device const T* bias; // of the expert, or null

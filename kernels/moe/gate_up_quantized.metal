@@ -20,7 +20,7 @@ struct GateUpParts {
 /// Columns column .. column + R - 1 of h, in the GEMV families: first gate, then up.
 template <uint MAX_ROWS, typename T, bool GATED, typename Source>
 struct GateUpQuantizedBlock {
-  static constexpr constant uint R = gemv_columns<MAX_ROWS, 1>(QUANTIZED_COLUMNS);
+  static constexpr constant uint R = quantized_columns<MAX_ROWS>();
   Source rows;
   device T* h;          // of the tile's first row
   device const T* bias; // of the expert, or null

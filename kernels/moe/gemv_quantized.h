@@ -10,6 +10,11 @@
 
 constexpr constant uint QUANTIZED_THREADGROUP_COLUMNS =
     gemv_threadgroup_columns(GEMV_SIMDGROUPS * QUANTIZED_COLUMNS, SIMD_WIDTH);
+/// Columns of a block. For one row a one-thread simdgroup has something to prepare, once for all of them.
+template <uint MAX_ROWS>
+constexpr uint quantized_columns() {
+  return SIMD_WIDTH == 1 && MAX_ROWS == 1 ? GEMV_TILE_N : gemv_columns<MAX_ROWS, 1>(QUANTIZED_COLUMNS);
+}
 /// Elements of a row that a simdgroup takes at a time.
 constexpr constant uint SIMDGROUP_RUN_ELEMENTS = SIMD_WIDTH * RUN_ELEMENTS;
 

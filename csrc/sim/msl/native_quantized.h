@@ -3,7 +3,7 @@
 // and codes are worth. Here a run becomes vectors of weights; a format whose codes are beyond what is here has its
 // weights one by one from its decoder.
 #pragma once
-#include "native_dot.h"
+#include "native_integer_dot.h"
 
 namespace metal_sim {
 
@@ -13,8 +13,8 @@ constexpr uint QUANTIZED_RUN = 32;
 constexpr uint QUANTIZED_GROUP = 128;
 
 /// Of kernels/formats/quantized.h: WeightFormat, where a format has code of its own here, and ScaleFormat.
-enum QuantizedFormat : uint { QUANTIZED_MXFP8 = 3, QUANTIZED_DENSE = 6 };
-enum QuantizedScale : uint { QUANTIZED_FP16 = 1 };
+enum QuantizedFormat : uint { QUANTIZED_AFFINE = 1, QUANTIZED_MXFP8 = 3, QUANTIZED_DENSE = 6 };
+enum QuantizedScale : uint { QUANTIZED_FP32 = 0, QUANTIZED_FP16 = 1 };
 
 /// How the runs of a group become vectors.
 enum class RunKind {
@@ -311,14 +311,18 @@ struct GroupWeights<Run, RunKind::Linear> {
   METAL_FUNC DotVector finish(DotVector sum, DotVector total) const { return sum * scale + total * bias; }
 };
 
-/// total[r][c] = row r of `w` . x[c] over runs begin .. end - 1, begin at the start of a group. `w`: R rows, as
-/// moe/gemv_quantized.h has them.
-template <typename Run, typename Rows, uint R, uint C, typename T>
-METAL_FUNC void dot_quantized(const Rows& w, const T* const (&x)[C], uint begin, uint end, float (&total)[R][C]) {
+/// Rows that share a piece of x as fp32: what processors have registers for.
+template <uint R, uint C>
+constexpr uint QUANTIZED_BLOCK = C == 1 && R % 8 == 0 ? 8 : 4;
+
+/// total[r][c] += row first_row + r of `w` . x[c], R rows, over runs begin .. end - 1.
+template <typename Run, uint R, typename Rows, uint C, typename T>
+METAL_FUNC void add_block(const Rows& w, uint first_row, const T* const (&x)[C], uint begin, uint end,
+                          float (*total)[C]) {
   constexpr uint RUN_BYTES = Run::BITS * QUANTIZED_RUN / 8;
   const uchar* codes[R];
   for (uint r = 0; r < R; ++r)
-    codes[r] = w.matrix.row_codes(w.row(r));
+    codes[r] = w.matrix.row_codes(w.row(first_row + r));
   // To the row that takes a row's place, see dot_whole_vectors.
   const ulong next = ulong(R) * w.matrix.codes_stride;
   DotVector acc[R][C] = {};
@@ -338,7 +342,7 @@ METAL_FUNC void dot_quantized(const Rows& w, const T* const (&x)[C], uint begin,
       const uchar* from = codes[r] + first * RUN_BYTES;
       __builtin_prefetch(from + next);
       Run group;
-      group.load_scales(w.matrix, w.row(r), first);
+      group.load_scales(w.matrix, w.row(first_row + r), first);
       GroupWeights<Run> weights(group, from);
       DotVector part[C] = {};
       for (uint run = 0; run < runs; ++run) {
@@ -355,7 +359,87 @@ METAL_FUNC void dot_quantized(const Rows& w, const T* const (&x)[C], uint begin,
   }
   for (uint r = 0; r < R; ++r)
     for (uint c = 0; c < C; ++c)
-      total[r][c] = sum(acc[r][c]);
+      total[r][c] += sum(acc[r][c]);
+}
+
+#ifdef METAL_SIM_INTEGER_DOT
+/// Whether products are of integers: preparing x takes as long as several rows.
+template <typename Run, uint R, uint C, typename T>
+constexpr bool INTEGERS =
+    uint(Run::FORMAT) == QUANTIZED_AFFINE && Run::BITS == 4 && sizeof(T) == 2 && R >= 32 && C == 1;
+/// Runs between those that are multiplied and those that memory is asked for, at least.
+constexpr uint AHEAD_RUNS = 128;
+
+/// Scales or biases first .. first + count - 1, up to 8 of them, and zeros.
+METAL_FUNC Float8 load_scales8(const uchar* from, uint type, uint first, uint count) {
+  const uint size = type == QUANTIZED_FP32 ? 4 : 2;
+  from += first * size;
+  alignas(32) uchar some[32] = {};
+  if (count < 8)
+    from = static_cast<const uchar*>(__builtin_memcpy(some, from, count * size));
+  if (type == QUANTIZED_FP32)
+    return load8(reinterpret_cast<const float*>(from));
+  return type == QUANTIZED_FP16 ? load8(reinterpret_cast<const half*>(from))
+                                : load8(reinterpret_cast<const bfloat*>(from));
+}
+
+/// add_block for one row of x in integers, over whole groups, at most IntegerRow::CHUNK_RUNS runs. False, and nothing done, where x
+/// has to be multiplied as it is.
+template <typename Run, uint R, typename Rows, typename T>
+METAL_FUNC bool add_integers(const Rows& w, const T* x, uint begin, uint end, float (&total)[R][1]) {
+  constexpr uint RUN_BYTES = Run::BITS * QUANTIZED_RUN / 8;
+  const uint shift = w.matrix.group_shift, group_runs = 1u << shift, runs = end - begin;
+  const uint first_group = begin >> shift, groups = runs >> shift;
+  const ulong next = (runs < AHEAD_RUNS ? AHEAD_RUNS / runs : 1) * ulong(w.matrix.codes_stride);
+  IntegerRow prepared;
+  if (!prepared.prepare(x + begin * QUANTIZED_RUN, runs, group_runs))
+    return false;
+  for (uint r = 0; r < R; ++r) {
+    const uint row = w.row(r);
+    alignas(32) float scale[IntegerRow::CHUNK_RUNS];
+    Float8 acc = {};
+    for (uint first = 0; first < groups; first += 8) {
+      const uint count = groups - first < 8 ? groups - first : 8;
+      const auto load = [&](const uchar* from) {
+        return load_scales8(from, w.matrix.scale_type, first_group + first, count);
+      };
+      const Float8 worth = load(w.matrix.row_scales(row)) * load8(prepared.unit + first);
+      __builtin_memcpy(scale + first, &worth, sizeof worth);
+      acc += load(w.matrix.row_biases(row)) * load8(prepared.total + first);
+    }
+    const uchar* codes = w.matrix.row_codes(row) + begin * RUN_BYTES;
+    if (shift == 0)
+      add_integer_row<1>(codes, runs, next, prepared, scale, acc);
+    else if (shift == 1)
+      add_integer_row<2>(codes, runs, next, prepared, scale, acc);
+    else
+      add_integer_row<4>(codes, runs, next, prepared, scale, acc);
+    total[r][0] += sum(acc);
+  }
+  return true;
+}
+#endif
+
+/// total[r][c] = row r of `w` . x[c] over runs begin .. end - 1, whole groups. `w`: R rows, as
+/// moe/gemv_quantized.h has them.
+template <typename Run, typename Rows, uint R, uint C, typename T>
+METAL_FUNC void dot_quantized(const Rows& w, const T* const (&x)[C], uint begin, uint end, float (&total)[R][C]) {
+  for (auto& row : total)
+    for (float& sum : row)
+      sum = 0.0f;
+#ifdef METAL_SIM_INTEGER_DOT
+  if constexpr (INTEGERS<Run, R, C, T>) {
+    const auto chunk_end = [&] { return end - begin < IntegerRow::CHUNK_RUNS ? end : begin + IntegerRow::CHUNK_RUNS; };
+    while (begin < end && add_integers<Run>(w, x[0], begin, chunk_end(), total))
+      begin = chunk_end();
+    if (begin == end)
+      return;
+  }
+#endif
+  constexpr uint BLOCK = QUANTIZED_BLOCK<R, C>;
+  static_assert(R % BLOCK == 0);
+  for (uint r = 0; r < R; r += BLOCK)
+    add_block<Run, BLOCK>(w, r, x, begin, end, total + r);
 }
 
 } // namespace metal_sim
