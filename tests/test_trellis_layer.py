@@ -15,11 +15,12 @@ DECODE = ["trellis_gate_up_decode", "trellis_down_decode", "rotate_outputs"]
 
 
 def default_kernels(tokens: int, top_k: int, count: int) -> list[str]:
-    """Large row tiles from four rows of an expert on, but on the exact engine."""
+    """Large row tiles from four rows of an expert on, but on the exact engine; on GPUs of eight up to 5 1/3 rows."""
     if tokens == 1:
         return DECODE
-    large = metal_moe.last_dispatch()["engine"] != "exact" and tokens * top_k >= 4 * count
-    product = f"trellis_product_m{16 if large else 4}"
+    engine, rows = metal_moe.last_dispatch()["engine"], tokens * top_k / count
+    large = 8 if engine == "cuda" and 1.5 * rows <= 8 else 16
+    product = f"trellis_product_m{large if engine != 'exact' and rows >= 4 else 4}"
     return ["group", "rotate_inputs", product, "rotate_activations", product, "rotate_outputs"]
 
 

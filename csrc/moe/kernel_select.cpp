@@ -66,7 +66,10 @@ Family select_packed_family(const Tuning& tuning, Family family, uint64_t assign
 Family select_trellis_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments, uint32_t experts) {
   if (tokens <= 1)
     return Family::Decode;
-  return assignments >= uint64_t(tuning.trellis_large_batch_rows) * experts ? Family::LargeBatch : Family::Prefill4;
+  if (assignments < uint64_t(tuning.trellis_large_batch_rows) * experts)
+    return Family::Prefill4;
+  return tuning.packed_products ? select_packed_family(tuning, Family::LargeBatch, assignments, experts)
+                                : Family::LargeBatch;
 }
 
 uint32_t select_variant(const Tuning& tuning, Family family, uint64_t routed_rows, uint32_t experts) {

@@ -32,8 +32,8 @@ struct Tuning {
   float row_tile_per_mean_rows = 1.0f;
   /// Beyond it a simdgroup has more sums than registers.
   uint32_t largest_row_tile = 64;
-  /// Layers whose weights are all trellis codes are large_batch where an expert has as many rows in the mean, otherwise
-  /// prefill4, or decode with one token.
+  /// Layers whose weights are all trellis codes are large_batch (with packed products base, where that needs no larger
+  /// tiles) where an expert has as many rows in the mean, otherwise prefill4, or decode with one token.
   uint32_t trellis_large_batch_rows = UINT32_MAX;
   /// Rows up to which a small product (csrc/linear) runs in dot products: those that share a weight in registers.
   uint32_t product_gemv_rows = MATMUL_GEMV_ROWS;

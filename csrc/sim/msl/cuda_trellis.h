@@ -199,6 +199,13 @@ METAL_FUNC void trellis_multiply_add(float (&sum)[FRAGMENTS][4], const uint32_t 
     trellis_multiply_add<HALF_BITS, CODEBOOK, RUN + 1>(sum, stream, x, values);
 }
 
+/// Where a column of a second factor's 16 bytes (step, part, q) is: eight columns change places, so that neither the
+/// lanes of a load nor those of a store want the same banks.
+template <uint COLUMNS>
+METAL_FUNC constexpr uint trellis_column(uint column, uint part, uint q) {
+  return COLUMNS == 8 ? column ^ (2 * q + part) : column;
+}
+
 /// Splits a block of 128 of a row of x into columns 2 * row and 2 * row + 1 of a second factor in shared memory. 16
 /// bytes (step, part, q, column) of it are words 4 * part to 4 * part + 3 of tile 4 * step + q. A lane has four
 /// consecutive values. The factor of the block, in all lanes.
@@ -219,12 +226,13 @@ METAL_FUNC float store_trellis_block(uint4* words, uint block, uint row, uint la
     part[0][i] = high.bits, part[1][i] = low.bits;
   }
   const uint tile = lane / 4, quarter = lane % 4;
-  uint32_t* to = reinterpret_cast<uint32_t*>(
-      words + (((2 * block + tile / 4) * 2 + quarter % 2) * 4 + tile % 4) * COLUMNS + 2 * row);
+  uint4* of_tile = words + (((2 * block + tile / 4) * 2 + quarter % 2) * 4 + tile % 4) * COLUMNS;
 #pragma unroll
   for (uint column = 0; column < 2; ++column) {
-    to[4 * column + quarter / 2] = part[column][0] | uint32_t(part[column][1]) << 16;
-    to[4 * column + quarter / 2 + 2] = part[column][2] | uint32_t(part[column][3]) << 16;
+    uint32_t* to = reinterpret_cast<uint32_t*>(
+        of_tile + trellis_column<COLUMNS>(2 * row + column, quarter % 2, tile % 4));
+    to[quarter / 2] = part[column][0] | uint32_t(part[column][1]) << 16;
+    to[quarter / 2 + 2] = part[column][2] | uint32_t(part[column][3]) << 16;
   }
   return __builtin_bit_cast(float, (254u - exponent) << 23);
 }

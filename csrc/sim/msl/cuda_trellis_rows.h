@@ -22,13 +22,14 @@ struct CudaTrellisRows {
   METAL_FUNC explicit CudaTrellisRows(float* memory)
       : words(reinterpret_cast<uint4*>(memory)), factors(memory + SLABS_BYTES / 4) {}
 
-  /// A warp's share of a chunk, x(r) being row r of `count`. Nobody looks at columns of other rows.
+  /// A warp's share of a chunk, x(r) being row r of `count`. Warps take rows in turn: most tiles have few. Nobody looks
+  /// at columns of other rows.
   template <typename X>
   METAL_FUNC void load(uint4 (&value)[SHARE], X x, uint count, uint first_block, uint blocks, uint warp,
                        uint lane) const {
 #pragma unroll
     for (uint i = 0; i < SHARE; ++i) {
-      const uint r = (warp * SHARE + i) / CHUNK, block = first_block + (warp * SHARE + i) % CHUNK;
+      const uint r = (i * WARPS + warp) / CHUNK, block = first_block + (i * WARPS + warp) % CHUNK;
       if (r < count && block < blocks)
         value[i] = *reinterpret_cast<const uint4*>(x(r) + block * BLOCK + lane * 4);
     }
@@ -38,7 +39,7 @@ struct CudaTrellisRows {
     const uint slab = first_block / CHUNK % 2;
 #pragma unroll
     for (uint i = 0; i < SHARE; ++i) {
-      const uint r = (warp * SHARE + i) / CHUNK, block = (warp * SHARE + i) % CHUNK;
+      const uint r = (i * WARPS + warp) / CHUNK, block = (i * WARPS + warp) % CHUNK;
       if (r >= count || first_block + block >= blocks)
         continue;
       const float four[4] = {__builtin_bit_cast(float, value[i].x), __builtin_bit_cast(float, value[i].y),
@@ -80,15 +81,16 @@ struct CudaTrellisRows {
       }
       from += size_t(8) * row_stride;
       const uint place = block % (2 * CHUNK), slab = place / CHUNK;
-      const uint4* fragment = words + slab * SLAB_WORDS + place % CHUNK * BLOCK_WORDS + q * COLUMNS + g;
+      const uint4* fragment = words + slab * SLAB_WORDS + place % CHUNK * BLOCK_WORDS + q * COLUMNS;
       float part[TILES][FRAGMENTS][4] = {};
 #pragma unroll
       for (uint s = 0; s < 2; ++s) {
         uint32_t second[FRAGMENTS][8];
 #pragma unroll
         for (uint f = 0; f < FRAGMENTS; ++f) {
-          const uint4 low = fragment[f * FRAGMENT_WORDS + s * BLOCK_WORDS / 2],
-                      high = fragment[f * FRAGMENT_WORDS + s * BLOCK_WORDS / 2 + 4 * COLUMNS];
+          const uint4* at = fragment + f * FRAGMENT_WORDS + s * BLOCK_WORDS / 2;
+          const uint4 low = at[trellis_column<COLUMNS>(g, 0, q)],
+                      high = at[4 * COLUMNS + trellis_column<COLUMNS>(g, 1, q)];
           second[f][0] = low.x, second[f][1] = low.y, second[f][2] = low.z, second[f][3] = low.w;
           second[f][4] = high.x, second[f][5] = high.y, second[f][6] = high.z, second[f][7] = high.w;
         }
