@@ -91,7 +91,10 @@ struct PackedProduct {
   static constexpr uint N_WARPS = WARPS / K_WARPS;
   static constexpr uint CHUNKS_AT = X_AT + K_WARPS * STAGES * X_SLAB_BYTES;
   static constexpr uint COPY_BYTES = CHUNKS_AT + (CHUNK_STEPS ? 2 * N_WARPS * ROWS * SCALE_ROW : 0);
-  static constexpr uint SUM_BYTES = WARPS * COLUMNS * ROWS * 4;
+  /// Of a warp, gathered: of one row all columns are alike; of more, four words keep those of a store in different
+  /// banks.
+  static constexpr uint SUM_ROWS = X_ROWS > 1 ? COLUMNS : 1, SUM_STRIDE = X_ROWS > 1 ? ROWS + 4 : ROWS;
+  static constexpr uint SUMS = SUM_ROWS * SUM_STRIDE, SUM_BYTES = WARPS * SUMS * 4;
   /// Of shared memory.
   static constexpr uint BYTES = COPY_BYTES > SUM_BYTES ? COPY_BYTES : SUM_BYTES;
   static_assert(sizeof(T) == 2 && PIECES >= WORDS && 8 % PIECES == 0 && WEIGHT_ROWS % 16 == 0 && SLAB_BYTES % 16 == 0);
@@ -270,7 +273,7 @@ struct PackedProduct {
   /// Puts the sums of all warps where `at` finds them. All threads take part; slabs are no longer needed.
   METAL_FUNC void gather(uchar* memory, uint warp, uint lane) const {
     __syncthreads();
-    float* own = reinterpret_cast<float*>(memory) + warp * (COLUMNS * ROWS);
+    float* own = reinterpret_cast<float*>(memory) + warp * SUMS;
     const uint g = lane / 4, t = lane % 4;
 #pragma unroll
     for (uint f = 0; f < FRAGMENTS; ++f)
@@ -278,18 +281,19 @@ struct PackedProduct {
       for (uint n = 0; n < COLUMN_FRAGMENTS; ++n)
 #pragma unroll
         for (uint e = 0; e < 4; ++e)
-          own[(8 * n + 2 * t + e % 2) * ROWS + f * 16 + g + e / 2 * 8] = sum[f][n][e];
+          if (X_ROWS > 1 || (t == 0 && e % 2 == 0))
+            own[(8 * n + 2 * t + e % 2) * SUM_STRIDE + f * 16 + g + e / 2 * 8] = sum[f][n][e];
     __syncthreads();
   }
 
   /// The sum of row `row` of x and weight row `weight_row` of `matrix`, of all warps' rows, after `gather`.
   METAL_FUNC static float at(const uchar* memory, uint row, uint matrix, uint weight_row) {
-    const float* from = reinterpret_cast<const float*>(memory) + weight_row / WEIGHT_ROWS * (K_WARPS * COLUMNS * ROWS) +
-                        row * ROWS + matrix * WEIGHT_ROWS + weight_row % WEIGHT_ROWS;
+    const float* from = reinterpret_cast<const float*>(memory) + weight_row / WEIGHT_ROWS * (K_WARPS * SUMS) +
+                        row * SUM_STRIDE + matrix * WEIGHT_ROWS + weight_row % WEIGHT_ROWS;
     float total = from[0];
 #pragma unroll
     for (uint warp = 1; warp < K_WARPS; ++warp)
-      total += from[warp * (COLUMNS * ROWS)];
+      total += from[warp * SUMS];
     return total;
   }
 
