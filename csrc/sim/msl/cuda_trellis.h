@@ -229,8 +229,8 @@ METAL_FUNC float store_trellis_block(uint4* words, uint block, uint row, uint la
   uint4* of_tile = words + (((2 * block + tile / 4) * 2 + quarter % 2) * 4 + tile % 4) * COLUMNS;
 #pragma unroll
   for (uint column = 0; column < 2; ++column) {
-    uint32_t* to = reinterpret_cast<uint32_t*>(
-        of_tile + trellis_column<COLUMNS>(2 * row + column, quarter % 2, tile % 4));
+    uint32_t* to =
+        reinterpret_cast<uint32_t*>(of_tile + trellis_column<COLUMNS>(2 * row + column, quarter % 2, tile % 4));
     to[quarter / 2] = part[column][0] | uint32_t(part[column][1]) << 16;
     to[quarter / 2 + 2] = part[column][2] | uint32_t(part[column][3]) << 16;
   }

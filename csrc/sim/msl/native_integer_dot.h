@@ -5,7 +5,8 @@
 // have room for (fp32 has not: it is multiplied as it is). The 20 bits are three signed digits of base 128, each a
 // byte. Sums over a group are exact; they become fp32 when the group's scale is applied.
 //
-// x is prepared once for all rows of a block, in pieces of CHUNK elements, and rows are read from one end to the other.
+// x is prepared once for all rows of a block, in pieces of CHUNK_RUNS runs, and rows are read from one end to the
+// other.
 #pragma once
 #include "native_dot.h"
 
@@ -20,8 +21,8 @@ struct IntegerPair {
   alignas(32) int8_t digit[3][2][32];
 };
 
-/// A piece of a row of x: `pairs` of its runs; for each group the sum of x and what an integer of it is worth, and zeros
-/// up to a multiple of eight groups.
+/// A piece of a row of x: `pairs` of its runs; for each group the sum of x and what an integer of it is worth, and
+/// zeros up to a multiple of eight groups.
 struct IntegerRow {
   static constexpr uint CHUNK_RUNS = 128;
 
@@ -29,8 +30,8 @@ struct IntegerRow {
   alignas(32) float unit[CHUNK_RUNS];
   alignas(32) float total[CHUNK_RUNS];
 
-  /// `runs` runs in groups of `group_runs`. False where a group has elements that are not finite,
-  /// or of which the largest is so small that its unit is none: then nothing may be used.
+  /// `runs` runs in groups of `group_runs`. False where a group has elements that are not finite, or of which the
+  /// largest is so small that its unit is none: then nothing may be used.
   template <typename T>
   METAL_FUNC bool prepare(const T* x, uint runs, uint group_runs) {
     uint group = 0;
@@ -41,8 +42,8 @@ struct IntegerRow {
       for (uint i = first * RUN; i < end * RUN; i += 8) {
         const Float8 v = load8(x + i);
         sums += v;
-        largest = _mm256_max_epi32(
-            largest, _mm256_and_si256(__builtin_bit_cast(__m256i, v), _mm256_set1_epi32(0x7FFFFFFF)));
+        largest =
+            _mm256_max_epi32(largest, _mm256_and_si256(__builtin_bit_cast(__m256i, v), _mm256_set1_epi32(0x7FFFFFFF)));
       }
       const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
       const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
@@ -89,8 +90,8 @@ private:
     for (uint d = 0; d < 3; ++d) {
       const __m256i words0 = _mm256_packs_epi32(digits[d][0], digits[d][1]);
       const __m256i words1 = _mm256_packs_epi32(digits[d][2], digits[d][3]);
-      const __m256i in_order = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1),
-                                                           _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      const __m256i in_order =
+          _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
       const __m256i by_parity = _mm256_shuffle_epi8(
           in_order, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
       const __m256i halves = _mm256_permute4x64_epi64(by_parity, 0xD8);
@@ -119,8 +120,7 @@ struct IntegerSums {
     const __m256i high = _mm256_madd_epi16(digit[0], _mm256_set1_epi16(128 * 128));
     const __m256i middle = _mm256_madd_epi16(digit[1], _mm256_set1_epi16(128));
     const __m256i low = _mm256_madd_epi16(digit[2], _mm256_set1_epi16(1));
-    return __builtin_bit_cast(Float8,
-                              _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(high, middle), low)));
+    return __builtin_bit_cast(Float8, _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(high, middle), low)));
   }
 };
 

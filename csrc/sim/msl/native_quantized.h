@@ -383,8 +383,8 @@ METAL_FUNC Float8 load_scales8(const uchar* from, uint type, uint first, uint co
                                 : load8(reinterpret_cast<const bfloat*>(from));
 }
 
-/// add_block for one row of x in integers, over whole groups, at most IntegerRow::CHUNK_RUNS runs. False, and nothing done, where x
-/// has to be multiplied as it is.
+/// add_block for one row of x in integers, over whole groups, at most IntegerRow::CHUNK_RUNS runs. False, and nothing
+/// done, where x has to be multiplied as it is.
 template <typename Run, uint R, typename Rows, typename T>
 METAL_FUNC bool add_integers(const Rows& w, const T* x, uint begin, uint end, float (&total)[R][1]) {
   constexpr uint RUN_BYTES = Run::BITS * QUANTIZED_RUN / 8;
