@@ -10,6 +10,13 @@
 #pragma once
 #include "native_dot.h"
 
+namespace metal_sim {
+
+/// Elements that every format decodes together; kernels/formats/quantized.h.
+constexpr uint QUANTIZED_RUN = 32;
+
+} // namespace metal_sim
+
 #if defined(__AVX2__) && defined(__F16C__)
 #define METAL_SIM_INTEGER_DOT 1
 
@@ -39,7 +46,7 @@ struct IntegerRow {
       const uint end = first + group_runs;
       Float8 sums = {};
       __m256i largest = _mm256_setzero_si256();
-      for (uint i = first * RUN; i < end * RUN; i += 8) {
+      for (uint i = first * QUANTIZED_RUN; i < end * QUANTIZED_RUN; i += 8) {
         const Float8 v = load8(x + i);
         sums += v;
         largest =
@@ -56,7 +63,7 @@ struct IntegerRow {
       total[group] = sum(sums);
       const __m256 factor = _mm256_set1_ps(as_float(factor_exponent));
       for (uint run = first; run < end; ++run)
-        split(x + run * RUN, factor, pairs[run / 2], run % 2);
+        split(x + run * QUANTIZED_RUN, factor, pairs[run / 2], run % 2);
     }
     for (; group % 8; ++group)
       unit[group] = total[group] = 0.0f;
@@ -68,7 +75,6 @@ struct IntegerRow {
   }
 
 private:
-  static constexpr uint RUN = 32;
   /// Of a float whose unit, 2^20 times smaller, and that one's inverse are normal numbers.
   static constexpr int SMALLEST_EXPONENT = 20;
 

@@ -7,8 +7,6 @@
 
 namespace metal_sim {
 
-/// Elements that every format decodes together; kernels/formats/quantized.h.
-constexpr uint QUANTIZED_RUN = 32;
 /// The longest group of one scale.
 constexpr uint QUANTIZED_GROUP = 128;
 
@@ -367,8 +365,6 @@ METAL_FUNC void add_block(const Rows& w, uint first_row, const T* const (&x)[C],
 template <typename Run, uint R, uint C, typename T>
 constexpr bool INTEGERS =
     uint(Run::FORMAT) == QUANTIZED_AFFINE && Run::BITS == 4 && sizeof(T) == 2 && R >= 32 && C == 1;
-/// Runs between those that are multiplied and those that memory is asked for, at least.
-constexpr uint AHEAD_RUNS = 128;
 
 /// Scales or biases first .. first + count - 1, up to 8 of them, and zeros.
 METAL_FUNC Float8 load_scales8(const uchar* from, uint type, uint first, uint count) {
@@ -390,7 +386,8 @@ METAL_FUNC bool add_integers(const Rows& w, const T* x, uint begin, uint end, fl
   constexpr uint RUN_BYTES = Run::BITS * QUANTIZED_RUN / 8;
   const uint shift = w.matrix.group_shift, group_runs = 1u << shift, runs = end - begin;
   const uint first_group = begin >> shift, groups = runs >> shift;
-  const ulong next = (runs < AHEAD_RUNS ? AHEAD_RUNS / runs : 1) * ulong(w.matrix.codes_stride);
+  // To a row as far ahead as memory takes to answer: a chunk, which is the next row's where this one has all of it.
+  const ulong next = IntegerRow::CHUNK_RUNS / runs * ulong(w.matrix.codes_stride);
   IntegerRow prepared;
   if (!prepared.prepare(x + begin * QUANTIZED_RUN, runs, group_runs))
     return false;
