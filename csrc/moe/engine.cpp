@@ -83,7 +83,7 @@ const Pipeline& MoeEngine::build_pipeline(KernelIndex kernel, const FunctionCons
   const KernelEntry& entry = kernel_table()[kernel];
   uint32_t simdgroups = kernel_simdgroups(entry);
   if (tuning_.packed_products)
-    if (const uint32_t packed = packed_down_simdgroups(entry, codes.values[0], tuning_.threadgroup_bytes))
+    if (const uint32_t packed = packed_decode_simdgroups(entry, codes, tuning_.threadgroup_bytes))
       simdgroups = packed;
   return context_.pipelines().get(
       kernel, {entry.name.c_str(), simdgroups, coded_matrices(entry) != 0, specialized_label}, codes);

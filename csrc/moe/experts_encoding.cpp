@@ -88,8 +88,14 @@ void ExpertsEncoding::gate_up_decode(const BufferView& h) {
   stream.bind(index++, ids.view);
   stream.bind(index++, h);
   stream.bind_value(index, args);
-  stream.dispatch(MTL::Size(gemv_blocks(pipeline, widest_intermediate(), gate_up_columns()), plan.slots, shape.tokens),
-                  simdgroups(GEMV_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width,
+  if (layer.gate)
+    stream.threadgroup_memory(0, std::max(plan.gate_up_bytes, VECTOR_BYTES));
+  const bool packed = plan.gate_up_bytes > 0;
+  const uint32_t blocks =
+      packed ? plan.gate_up_blocks : gemv_blocks(pipeline, widest_intermediate(), gate_up_columns());
+  stream.dispatch(MTL::Size(blocks, plan.slots, shape.tokens),
+                  simdgroups(packed ? plan.gate_up_simdgroups : GEMV_SIMDGROUPS, pipeline.simd_width) *
+                      pipeline.simd_width,
                   plan.gate_up_weight_bytes + activation_bytes());
 }
 

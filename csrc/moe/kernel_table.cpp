@@ -132,10 +132,16 @@ uint32_t coded_matrices(const KernelEntry& kernel) {
   return !kernel.quantized ? 0 : kernel.stage == Stage::GateUp ? 2 : 1;
 }
 
-uint32_t packed_down_simdgroups(const KernelEntry& kernel, uint32_t code, uint32_t threadgroup_bytes) {
-  const bool packed = kernel.stage == Stage::Down && kernel.quantized && kernel.variant->family == Family::Decode &&
-                      code_is_packed(code, kernel.dtype == Dtype::Fp32 ? 4 : 2);
-  return packed ? packed_down(code_group_size(code), code_short_rows(code), threadgroup_bytes).simdgroups : 0;
+uint32_t packed_decode_simdgroups(const KernelEntry& kernel, const FunctionConstants& codes,
+                                  uint32_t threadgroup_bytes) {
+  const uint32_t code = codes.values[0], group = code_group_size(code);
+  if (!kernel.quantized || kernel.variant->family != Family::Decode ||
+      !code_is_packed(code, kernel.dtype == Dtype::Fp32 ? 4 : 2))
+    return 0;
+  if (kernel.stage == Stage::Down)
+    return packed_down(group, code_short_rows(code), threadgroup_bytes).simdgroups;
+  const bool same = kernel.stage == Stage::Up || codes.values[1] == code;
+  return same ? packed_gate_up(group, coded_matrices(kernel), code_short_rows(code)).simdgroups : 0;
 }
 
 uint32_t kernel_simdgroups(const KernelEntry& kernel) {

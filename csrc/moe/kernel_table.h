@@ -148,8 +148,10 @@ uint32_t coded_matrices(const KernelEntry& kernel);
 /// The most simdgroups of a threadgroup of the kernel, on a GPU.
 uint32_t kernel_simdgroups(const KernelEntry& kernel);
 
-/// Simdgroups of decode's down of a matrix with `code` as a packed product, where the device has those; 0: it is none.
-uint32_t packed_down_simdgroups(const KernelEntry& kernel, uint32_t code, uint32_t threadgroup_bytes);
+/// Simdgroups of a decode kernel of matrices with `codes` as a packed product, where the device has those; 0: it is
+/// none.
+uint32_t packed_decode_simdgroups(const KernelEntry& kernel, const FunctionConstants& codes,
+                                  uint32_t threadgroup_bytes);
 
 /// "moe_decode", ...; with "_fp32acc" for fp32 accumulation.
 const char* family_name(Family family, bool fp32_accumulation);

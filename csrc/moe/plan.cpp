@@ -105,6 +105,7 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
     plan.gate_up_bytes = packs_gate_up ? gate_up_tile.bytes : bytes;
     plan.down_bytes = packs_down ? down_tile.bytes : bytes;
   }
+  bool whole_rows = false; // of gate_up, for each of its simdgroups
   if (!plan.grouped) {
     const PackedDown down = shape.packed_down_group
                                 ? packed_down(shape.packed_down_group, short_down, tuning.threadgroup_bytes)
@@ -112,8 +113,19 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
     plan.down_simdgroups = down.simdgroups;
     plan.down_blocks = ceil_div(shape.hidden, down.columns);
     plan.down_bytes = down.bytes;
+    if (shape.packed_gate_up_group) {
+      const auto sizes = [&](bool whole) {
+        return packed_gate_up(shape.packed_gate_up_group, shape.gated ? 2 : 1, whole);
+      };
+      whole_rows = short_gate_up && rows * ceil_div(widest, sizes(true).columns) <= PACKED_CORES &&
+                   sizes(true).bytes + down.bytes <= 2 * tuning.threadgroup_bytes;
+      const PackedGateUp gate_up = sizes(whole_rows);
+      plan.gate_up_simdgroups = gate_up.simdgroups;
+      plan.gate_up_blocks = ceil_div(widest, gate_up.columns);
+      plan.gate_up_bytes = gate_up.bytes;
+    }
   }
-  plan.gate_up_code_flags = packs_gate_up && short_gate_up ? CODE_SHORT_ROWS : 0;
+  plan.gate_up_code_flags = (packs_gate_up && short_gate_up) || whole_rows ? CODE_SHORT_ROWS : 0;
   plan.down_code_flags = (packs_down || (!plan.grouped && shape.packed_down_group)) && short_down ? CODE_SHORT_ROWS : 0;
 
   const size_t item = shape.dtype == Dtype::Fp32 ? 4 : 2;

@@ -83,15 +83,19 @@ constexpr uint gemm_threadgroup_bytes(uint row_tile, uint weight_rows, uint pad_
 SHARED_CONSTANT uint DOWN_DECODE_MEMORY_BYTES = DOWN_DECODE_SIMDGROUPS * DOWN_DECODE_COLUMNS * 4;
 
 // Packed products (packed_product.h). Rows of more columns keep all simdgroups of a threadgroup busy along K; of fewer
-// they take longer to begin and to end than to multiply. Kernels are compiled for the one or the other.
+// they take longer to begin and to end than to multiply. Kernels are compiled for the one or the other, gate_up of one
+// token for whole rows (packed_gate_up) or not.
 SHARED_CONSTANT uint PACKED_SHORT_COLUMNS = 2048;
 // For one token: weight rows of a threadgroup (gate_up: of each matrix), columns that a simdgroup takes at a time, and
 // the slabs, of so many columns, that it has in threadgroup memory. Simdgroups share K.
 SHARED_CONSTANT uint PACKED_DECODE_COLUMNS = 16;
 SHARED_CONSTANT uint PACKED_DECODE_SLAB = 256;
 SHARED_CONSTANT uint PACKED_DECODE_STAGES = 2;
-/// As GATE_UP_RESIDENT_THREADGROUPS, 4 on a core.
+/// Threadgroup memory of a slab of x: four bytes an element, and a quarter of that.
+SHARED_CONSTANT uint PACKED_DIGITS_BYTES = 5 * PACKED_DECODE_SLAB;
+/// As GATE_UP_RESIDENT_THREADGROUPS, 4 on a core; and the cores.
 SHARED_CONSTANT uint PACKED_RESIDENT_THREADGROUPS = 528;
+SHARED_CONSTANT uint PACKED_CORES = 132;
 /// Slots of a token that `down` takes at a time.
 SHARED_CONSTANT uint PACKED_SLOTS = 32; // 32: entries of a table
 SHARED_CONSTANT uint PACKED_SLOT_BYTES = 64;
@@ -108,15 +112,11 @@ SHARED_CONSTANT uint PACKED_MEAN_ROWS = 64;
 constexpr uint packed_k_simdgroups(bool short_rows) { return short_rows ? 2 : 4; }
 /// Threadgroup memory: slabs for each simdgroup with rows of x for those that share K, scales and biases of `group`
 /// columns each.
-constexpr uint packed_bytes(uint simdgroups, uint k_simdgroups, uint weight_rows, uint x_rows, uint slab, uint stages,
-                            uint group, uint chunk_steps) {
-  const uint scale_bytes = weight_rows * (slab / group) * 4;
-  return k_simdgroups * stages * x_rows * slab * 2 +
-         simdgroups * (stages * weight_rows * slab / 2 + (chunk_steps > 0 ? 2 * chunk_steps : stages) * scale_bytes);
-}
 constexpr uint packed_tile_bytes(uint weight_rows, uint x_rows, uint group, bool short_rows) {
-  return packed_bytes(GEMM_SIMDGROUPS, packed_k_simdgroups(short_rows), weight_rows, x_rows, PACKED_TILE_SLAB,
-                      PACKED_TILE_STAGES, group, PACKED_CHUNK_STEPS);
+  const uint scale_bytes = weight_rows * (PACKED_TILE_SLAB / group) * 4;
+  return packed_k_simdgroups(short_rows) * PACKED_TILE_STAGES * x_rows * PACKED_TILE_SLAB * 2 +
+         GEMM_SIMDGROUPS *
+             (PACKED_TILE_STAGES * weight_rows * PACKED_TILE_SLAB / 2 + 2 * PACKED_CHUNK_STEPS * scale_bytes);
 }
 
 /// Tiles of `x_rows` rows where a threadgroup may have `limit` bytes.
@@ -134,6 +134,24 @@ constexpr PackedTile packed_tile(uint x_rows, uint group, bool short_rows, uint 
           x_rows <= PACKED_ROW_TILE && bytes <= limit};
 }
 
+/// `gate_up` of one token.
+struct PackedGateUp {
+  uint simdgroups; // of a threadgroup
+  uint columns;    // its weight rows, of each matrix
+  uint bytes;      // of threadgroup memory
+};
+/// `whole_rows`: a slab for each simdgroup is a row, and as many weight rows as make a threadgroup for each core of a
+/// layer that takes little more time than kernels need to begin and end: none has more to do than others, and `down`
+/// finds room beside it.
+constexpr PackedGateUp packed_gate_up(uint group, uint matrices, bool whole_rows) {
+  const uint slab = matrices * PACKED_DECODE_COLUMNS * (PACKED_DECODE_SLAB / 2 + PACKED_DECODE_SLAB / group * 4);
+  if (whole_rows)
+    return {PACKED_SHORT_COLUMNS / PACKED_DECODE_SLAB, 3 * PACKED_DECODE_COLUMNS,
+            PACKED_SHORT_COLUMNS / PACKED_DECODE_SLAB * (3 * slab + PACKED_DIGITS_BYTES)};
+  return {GEMV_SIMDGROUPS, PACKED_DECODE_COLUMNS,
+          GEMV_SIMDGROUPS * PACKED_DECODE_STAGES * (slab + PACKED_DIGITS_BYTES)};
+}
+
 /// `down` of one token where a threadgroup may have `limit` bytes, or twice as many if one on a core is enough.
 struct PackedDown {
   uint simdgroups; // of a threadgroup
@@ -141,14 +159,17 @@ struct PackedDown {
   uint bytes;      // of threadgroup memory
 };
 constexpr uint packed_down_bytes(uint simdgroups, uint columns, uint group) {
-  return packed_bytes(simdgroups, simdgroups, columns, 1, PACKED_DECODE_SLAB, PACKED_DECODE_STAGES, group, 0) +
-         PACKED_SLOTS * PACKED_SLOT_BYTES;
+  const uint slab = columns * (PACKED_DECODE_SLAB / 2 + PACKED_DECODE_SLAB / group * 4);
+  return simdgroups * (PACKED_DECODE_STAGES * slab + PACKED_DIGITS_BYTES) + PACKED_SLOTS * PACKED_SLOT_BYTES;
 }
 constexpr PackedDown packed_down(uint group, bool short_rows, uint limit) {
-  // More weight rows share what is done for x; with short rows there would be too few threadgroups.
-  const uint columns = short_rows ? 16 : 32; // 32: weight rows
-  if (packed_down_bytes(16, columns, group) <= 2 * limit)
-    return {16, columns, packed_down_bytes(16, columns, group)};
+  // Few enough registers and little enough memory to be there beside gate_up, for layers that take little more time
+  // than kernels need to begin and end.
+  if (short_rows && packed_down_bytes(12, 16, group) <= limit)
+    return {12, 16, packed_down_bytes(12, 16, group)};
+  // More weight rows share what is done for x.
+  if (!short_rows && packed_down_bytes(16, 32, group) <= 2 * limit) // 32: weight rows
+    return {16, 32, packed_down_bytes(16, 32, group)};              // 32: likewise
   return {8, 16, packed_down_bytes(8, 16, group)};
 }
 

@@ -31,18 +31,18 @@ struct GateUpStore {
     const uint n = first_column + column;
     if (row >= count || n >= intermediate)
       return;
-    float value[2];
+    float gate[2], up[2], value[2];
     UNROLL
     for (uint i = 0; i < 2; ++i) {
-      float gate = sums[0][i];
-      float up = GATED ? sums[MATRICES - 1][i] : 0.0f;
+      gate[i] = sums[0][i];
+      up[i] = GATED ? sums[MATRICES - 1][i] : 0.0f;
       if (bias && n + i < intermediate) {
-        gate += float(bias[GATED ? gate_row(n + i, args.interleaved) : n + i]);
+        gate[i] += float(bias[GATED ? gate_row(n + i, args.interleaved) : n + i]);
         if (GATED)
-          up += float(bias[up_row(n + i, intermediate, args.interleaved)]);
+          up[i] += float(bias[up_row(n + i, intermediate, args.interleaved)]);
       }
-      value[i] = activate(args.activation, gate, up, args.alpha, args.limit);
     }
+    activate(args.activation, gate, up, args.alpha, args.limit, value);
     store_pair(h + ulong(rows.offset(row)) * args.h_row_stride, n, intermediate, true, value[0], value[1]);
   }
 };

@@ -89,8 +89,15 @@ inline void gate_up_quantized_gemv(thread const Source& rows, uint count, thread
 template <bool GATED>
 constexpr uint GATE_UP_CODE = !GATED || FIRST_MATRIX == SECOND_MATRIX ? FIRST_MATRIX : 0;
 
+/// The most of a threadgroup of decode.
+constexpr constant uint GATE_UP_MAX_SIMDGROUPS =
+    code_is_packed(FIRST_MATRIX, 2)
+        ? packed_gate_up(code_group_size(FIRST_MATRIX), 1, code_short_rows(FIRST_MATRIX)).simdgroups
+        : GEMV_LANE_SIMDGROUPS;
 template <typename T, bool GATED>
-constexpr uint gate_up_quantized_decode_least_threadgroups = code_is_packed(GATE_UP_CODE<GATED>, sizeof(T)) ? 4 : 0;
+constexpr uint gate_up_quantized_decode_least_threadgroups = !code_is_packed(GATE_UP_CODE<GATED>, sizeof(T)) ? 0
+                                                             : code_short_rows(GATE_UP_CODE<GATED>)          ? 2
+                                                                                                             : 4;
 template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
 constexpr uint gate_up_quantized_gemm_least_threadgroups =
     packed_least_threadgroups<T, GATE_UP_CODE<GATED>, ROW_TILE>();
@@ -99,12 +106,15 @@ constexpr uint gate_up_quantized_gemm_least_threadgroups =
 template <typename T, bool GATED>
 inline bool gate_up_packed_decode(thread const OneRow<T>& rows, thread const GateUpParts& gate,
                                   thread const GateUpParts& up, device const T* bias, uint expert, device T* h,
-                                  uint first_column, constant ExpertsArgs& args, uint simdgroup, uint lane) {
+                                  uint block, constant ExpertsArgs& args, threadgroup uchar* memory, uint simdgroup,
+                                  uint lane) {
   constexpr uint MATRICES = GATED ? 2 : 1, CODE = GATE_UP_CODE<GATED>;
   if constexpr (code_is_packed(CODE, sizeof(T))) {
     const bool is_routed = expert < args.experts;
     const uint intermediate = is_routed ? args.intermediate : args.shared_intermediate;
-    let_down_start(args, PACKED_DECODE_COLUMNS, PACKED_RESIDENT_THREADGROUPS);
+    constexpr uint COLUMNS = packed_gate_up(code_group_size(CODE), MATRICES, code_short_rows(CODE)).columns;
+    const uint first_column = block * COLUMNS;
+    let_down_start(args, COLUMNS, PACKED_RESIDENT_THREADGROUPS);
     if (first_column >= intermediate)
       return true;
     QuantizedMatrix matrices[MATRICES];
@@ -113,15 +123,31 @@ inline bool gate_up_packed_decode(thread const OneRow<T>& rows, thread const Gat
       matrices[MATRICES - 1] = up.of(expert, args.experts, CODE);
     device const T* b = is_routed && args.has_bias ? bias + ulong(expert) * MATRICES * args.intermediate : nullptr;
     const GateUpStore<T, GATED, OneRow<T>> store{rows, h, b, 1, first_column, intermediate, args};
-    return multiply_packed_row<CODE>(rows.row, matrices, first_column, intermediate, args.hidden, store, simdgroup,
-                                     lane);
+    return multiply_packed_row<CODE>(rows.row, matrices, first_column, intermediate, args.hidden, store, memory,
+                                     simdgroup, lane);
   }
   return false;
 }
+#else
+constexpr constant uint GATE_UP_MAX_SIMDGROUPS = GEMV_LANE_SIMDGROUPS;
 #endif
 
+/// Asks for a threadgroup's id, and the first ones for all experts' records: what lies between a threadgroup and its
+/// first weights, one behind the other.
+inline void prefetch_ids_and_records(device const int* id, device const ExpertMatrix* gate,
+                                     device const ExpertMatrix* up, uint experts, uint first, uint thread_index) {
+  constexpr uint LINE = 128 / sizeof(ExpertMatrix); // records of a cache line
+  if (thread_index == 0)
+    prefetch_line(id);
+  const uint record = (first + thread_index) * LINE;
+  if (record < experts) {
+    prefetch_line(gate + record);
+    prefetch_line(up + record);
+  }
+}
+
 template <typename T, bool GATED>
-[[kernel, max_total_threads_per_threadgroup(GEMV_LANE_SIMDGROUPS* SIMD_WIDTH)]] void gate_up_quantized_decode(
+[[kernel, max_total_threads_per_threadgroup(GATE_UP_MAX_SIMDGROUPS* SIMD_WIDTH)]] void gate_up_quantized_decode(
     device const T* x [[buffer(0)]], device const uchar* gate_codes [[buffer(1)]],
     device const uchar* gate_scales [[buffer(2)]], device const uchar* gate_biases [[buffer(3)]],
     device const ExpertMatrix* gate_table [[buffer(4)]], device const uchar* up_codes [[buffer(5)]],
@@ -132,9 +158,15 @@ template <typename T, bool GATED>
     device const uchar* shared_up_scales [[buffer(14)]], device const uchar* shared_up_biases [[buffer(15)]],
     device const ExpertMatrix* shared_up_table [[buffer(16)]], device const T* bias [[buffer(17)]],
     device const int* ids [[buffer(18)]], device T* h [[buffer(19)]], constant ExpertsArgs& args [[buffer(20)]],
-    uint3 group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+    threadgroup uchar* memory [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const uint slot = group.y, token = group.z;
+  constexpr uint THREADS = GATE_UP_MAX_SIMDGROUPS * SIMD_WIDTH;
+  prefetch_ids_and_records(
+      ids + (ulong(token) * args.ids_token_stride + min(slot, args.top_k - 1) * args.ids_slot_stride) * args.id_words,
+      gate_table, up_table, slot == 0 && token == 0 ? args.experts : 0, group.x * THREADS,
+      simdgroup * SIMD_WIDTH + lane);
+  wait_for_previous_kernel();
   const uint slots = args.top_k + args.shared;
   const uint expert = slot < args.top_k
                           ? load_id(ids, ulong(token) * args.ids_token_stride + slot * args.ids_slot_stride,
@@ -149,9 +181,10 @@ template <typename T, bool GATED>
   const OneRow<T> rows{x + ulong(token) * args.x_row_stride};
   device T* to = h + (ulong(token) * slots + slot) * args.h_row_stride;
 #ifdef METAL_SIM_CUDA
-  if (gate_up_packed_decode<T, GATED>(rows, gate, up, bias, expert, to, group.x * PACKED_DECODE_COLUMNS, args,
-                                      simdgroup, lane))
+  if (gate_up_packed_decode<T, GATED>(rows, gate, up, bias, expert, to, group.x, args, memory, simdgroup, lane))
     return;
+#else
+  (void)memory;
 #endif
   gate_up_quantized_gemv<1, T, GATED>(rows, 1, gate, up, bias, expert, to, group.x * QUANTIZED_THREADGROUP_COLUMNS,
                                       args, simdgroup, lane);

@@ -36,29 +36,15 @@ inline metal_sim::PackedMatrix packed_matrix(thread const QuantizedMatrix& matri
 }
 
 /// Of weights with `CODE`.
-template <typename T, uint CODE, uint MATRICES, uint WEIGHT_ROWS, uint X_ROWS, uint SLAB, uint SIMDGROUPS,
-          uint K_SIMDGROUPS, uint STAGES, uint CHUNK_STEPS>
+template <typename T, uint CODE, uint MATRICES, uint WEIGHT_ROWS, uint X_ROWS>
 using PackedProductOf =
     metal_sim::PackedProduct<T, code_group_size(CODE), code_scale_type(CODE) == SCALE_FP16, MATRICES, WEIGHT_ROWS,
-                             X_ROWS, SLAB, SIMDGROUPS, K_SIMDGROUPS, STAGES, CHUNK_STEPS>;
-/// For one token: no simdgroup waits for another's scales.
-template <typename T, uint CODE, uint MATRICES, uint WEIGHT_ROWS, uint SIMDGROUPS>
-using PackedDecodeOf = PackedProductOf<T, CODE, MATRICES, WEIGHT_ROWS, 1, PACKED_DECODE_SLAB, SIMDGROUPS, SIMDGROUPS,
-                                       PACKED_DECODE_STAGES, 0>;
-
-/// store(row, column, sums) for pairs of neighbouring columns, after `gather`.
-template <typename Product, uint MATRICES, uint WEIGHT_ROWS, typename Store>
-inline void store_packed(thread const Store& store, threadgroup const uchar* memory, uint rows, uint thread_index,
-                         uint threads) {
-  for (uint e = thread_index; e < rows * (WEIGHT_ROWS / 2); e += threads) {
-    const uint row = e / (WEIGHT_ROWS / 2), column = e % (WEIGHT_ROWS / 2) * 2;
-    float sums[MATRICES][2];
-    for (uint m = 0; m < MATRICES; ++m)
-      for (uint i = 0; i < 2; ++i)
-        sums[m][i] = Product::at(memory, row, m, column + i);
-    store(row, column, sums);
-  }
-}
+                             X_ROWS, PACKED_TILE_SLAB, GEMM_LANE_SIMDGROUPS, packed_k_simdgroups(code_short_rows(CODE)),
+                             PACKED_TILE_STAGES, PACKED_CHUNK_STEPS>;
+template <typename T, uint CODE, uint MATRICES, uint WEIGHT_ROWS, uint SIMDGROUPS, uint STAGES, uint X_STAGES,
+          bool WHOLE>
+using PackedRowOf = metal_sim::PackedRow<T, code_group_size(CODE), code_scale_type(CODE) == SCALE_FP16, MATRICES,
+                                         WEIGHT_ROWS, PACKED_DECODE_SLAB, SIMDGROUPS, STAGES, X_STAGES, WHOLE>;
 
 /// Rows of one expert times weight rows of MATRICES matrices from first_column on.
 template <uint CODE, typename T, uint ROW_TILE, uint MATRICES, typename Source, typename Store>
@@ -70,10 +56,8 @@ inline bool multiply_packed_tile(thread const Source& rows, uint count,
   if constexpr (code_is_packed(CODE, sizeof(T)) && TILE.fits) {
     constexpr uint WEIGHT_ROWS = TILE.simdgroup_n / MATRICES;
     constexpr uint COLUMNS = TILE.threadgroup_n / MATRICES;
-    using Product = PackedProductOf<T, CODE, MATRICES, WEIGHT_ROWS, ROW_TILE, PACKED_TILE_SLAB, GEMM_LANE_SIMDGROUPS,
-                                    packed_k_simdgroups(code_short_rows(CODE)), PACKED_TILE_STAGES, PACKED_CHUNK_STEPS>;
+    using Product = PackedProductOf<T, CODE, MATRICES, WEIGHT_ROWS, ROW_TILE>;
     static_assert(Product::BYTES <= TILE.bytes, "the host gives what the kernel takes");
-    const uint thread_index = simdgroup * SIMD_WIDTH + lane;
     metal_sim::PackedMatrix packed[MATRICES];
     UNROLL
     for (uint m = 0; m < MATRICES; ++m)
@@ -83,7 +67,15 @@ inline bool multiply_packed_tile(thread const Source& rows, uint count,
     product.multiply_add_all(
         memory, packed, first_column, columns - 1, [&](uint row) { return rows.at(row); }, count, K, simdgroup, lane);
     product.gather(memory, simdgroup, lane);
-    store_packed<Product, MATRICES, COLUMNS>(store, memory, count, thread_index, GEMM_LANE_SIMDGROUPS * SIMD_WIDTH);
+    // Pairs of neighbouring columns.
+    for (uint e = simdgroup * SIMD_WIDTH + lane; e < count * (COLUMNS / 2); e += GEMM_LANE_SIMDGROUPS * SIMD_WIDTH) {
+      const uint row = e / (COLUMNS / 2), column = e % (COLUMNS / 2) * 2;
+      float sums[MATRICES][2];
+      for (uint m = 0; m < MATRICES; ++m)
+        for (uint i = 0; i < 2; ++i)
+          sums[m][i] = Product::at(memory, row, m, column + i);
+      store(row, column, sums);
+    }
     return true;
   }
   return false;
@@ -92,21 +84,51 @@ inline bool multiply_packed_tile(thread const Source& rows, uint count,
 /// One row times weight rows of gate and up.
 template <uint CODE, typename T, uint MATRICES, typename Store>
 inline bool multiply_packed_row(device const T* x, thread const QuantizedMatrix (&matrices)[MATRICES],
-                                uint first_column, uint columns, uint K, thread const Store& store, uint simdgroup,
-                                uint lane) {
+                                uint first_column, uint columns, uint K, thread const Store& store,
+                                threadgroup uchar* memory, uint simdgroup, uint lane) {
   if constexpr (code_is_packed(CODE, sizeof(T))) {
-    using Product = PackedDecodeOf<T, CODE, MATRICES, PACKED_DECODE_COLUMNS, GEMV_LANE_SIMDGROUPS>;
-    __shared__ __align__(16) uchar memory[Product::BYTES];
+    constexpr bool WHOLE = code_short_rows(CODE);
+    constexpr PackedGateUp SIZES = packed_gate_up(code_group_size(CODE), MATRICES, WHOLE);
+    constexpr uint PARTS = SIZES.columns / PACKED_DECODE_COLUMNS, STAGES = WHOLE ? PARTS : PACKED_DECODE_STAGES;
+    using Product =
+        PackedRowOf<T, CODE, MATRICES, PACKED_DECODE_COLUMNS, SIZES.simdgroups, STAGES, WHOLE ? 1 : STAGES, WHOLE>;
+    static_assert(Product::BYTES <= SIZES.bytes, "the host gives what the kernel takes");
     metal_sim::PackedMatrix packed[MATRICES];
     UNROLL
     for (uint m = 0; m < MATRICES; ++m)
       packed[m] = packed_matrix(matrices[m]);
-    Product product;
-    product.clear();
-    product.multiply_add_all(memory, packed, first_column, columns - 1, [&](uint) { return x; }, 1, K, simdgroup, lane);
-    product.gather(memory, simdgroup, lane);
-    store_packed<Product, MATRICES, PACKED_DECODE_COLUMNS>(store, memory, 1, simdgroup * SIMD_WIDTH + lane,
-                                                           GEMV_LANE_SIMDGROUPS * SIMD_WIDTH);
+    Product product[PARTS];
+    UNROLL
+    for (uint i = 0; i < PARTS; ++i)
+      product[i].clear();
+    const auto first_of = [&](uint step) { return (simdgroup + step * SIZES.simdgroups) * PACKED_DECODE_SLAB; };
+    const auto elements = [&](uint step) { return Product::load_elements(x, 1.0f, first_of(step), K, lane); };
+    if constexpr (WHOLE) {
+      const auto own = elements(0);
+      Product::start_whole(memory, packed, first_column, columns - 1, first_of(0), K, simdgroup, lane);
+      Product::multiply_add_whole(product, memory, own, simdgroup, lane);
+    } else {
+      product[0].template multiply_add_all<true>(
+          memory, Product::steps(divide_up(K, PACKED_DECODE_SLAB), simdgroup), simdgroup, lane,
+          [&](uchar* slab, uint step) {
+            Product::copy_weights(slab, packed, first_column, columns - 1, first_of(step), K, lane);
+          },
+          [] {}, elements);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    UNROLL
+    for (uint i = 0; i < PARTS; ++i)
+      product[i].put(memory + i * Product::SUM_BYTES, simdgroup, lane);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const uint column = (simdgroup * SIMD_WIDTH + lane) * 2; // and its neighbour
+    if (column < SIZES.columns) {
+      threadgroup const uchar* from = memory + column / PACKED_DECODE_COLUMNS * Product::SUM_BYTES;
+      float sums[MATRICES][2];
+      for (uint m = 0; m < MATRICES; ++m)
+        for (uint i = 0; i < 2; ++i)
+          sums[m][i] = Product::at(from, m, column % PACKED_DECODE_COLUMNS + i);
+      store(0, column, sums);
+    }
     return true;
   }
   return false;
@@ -140,26 +162,23 @@ struct PackedPlace {
   }
 };
 
-/// down of one token, its slots weighted and added. It waits for gate_up; with short rows, which are those of layers
-/// that take little more time than kernels need to begin and end, when its first weights are on their way.
+/// down of one token, its slots weighted and added. It waits for gate_up when its first weights are on their way.
 template <uint CODE, typename T>
 inline bool down_packed_decode(device const T* h, thread const ExpertPart& routed, thread const ExpertPart& shared,
                                device const T* bias, device const int* ids, device const uchar* weights,
                                device const uchar* shared_weights, device T* out, constant ExpertsArgs& args,
                                threadgroup float* sums, uint block, uint token, uint simdgroup, uint lane) {
   if constexpr (code_is_packed(CODE, sizeof(T))) {
-    constexpr bool SHORT = code_short_rows(CODE);
-    constexpr PackedDown SIZES = packed_down(code_group_size(CODE), SHORT, THREADGROUP_BYTES);
+    constexpr PackedDown SIZES = packed_down(code_group_size(CODE), code_short_rows(CODE), THREADGROUP_BYTES);
     constexpr uint SIMDGROUPS = SIZES.simdgroups, COLUMNS = SIZES.columns;
-    using Product = PackedDecodeOf<T, CODE, 1, COLUMNS, SIMDGROUPS>;
+    using Product = PackedRowOf<T, CODE, 1, COLUMNS, SIMDGROUPS, PACKED_DECODE_STAGES, 1, false>;
     static_assert(Product::BYTES + PACKED_SLOTS * PACKED_SLOT_BYTES <= SIZES.bytes,
                   "the host gives what the kernel takes");
     threadgroup uchar* memory = reinterpret_cast<threadgroup uchar*>(sums);
     PackedSlot<T>* table = reinterpret_cast<PackedSlot<T>*>(memory + Product::BYTES);
     const uint thread_index = simdgroup * SIMD_WIDTH + lane;
     const uint first_column = block * COLUMNS, slots = args.top_k + args.shared;
-    Product total, product;
-    total.clear();
+    Product product;
     product.clear();
     for (uint first_slot = 0; first_slot < slots; first_slot += PACKED_SLOTS) {
       const uint count = min(slots - first_slot, PACKED_SLOTS);
@@ -177,50 +196,34 @@ inline bool down_packed_decode(device const T* h, thread const ExpertPart& route
         }
         table[thread_index] = own;
       }
-      if (!SHORT)
-        wait_for_previous_kernel();
       threadgroup_barrier(mem_flags::mem_threadgroup);
       uint slabs = 0;
       for (uint i = 0; i < count; ++i)
         slabs += divide_up(table[i].K, PACKED_DECODE_SLAB);
-      PackedPlace copied, copied_rows, used;
-      uint current = ~0u;
-      Product::template for_each_slab<SHORT>(
-          memory, Product::steps(slabs, simdgroup), simdgroup,
+      PackedPlace copied, read;
+      product.template multiply_add_all<false>(
+          memory, Product::steps(slabs, simdgroup), simdgroup, lane,
           [&](uchar* slab, uint step) {
             const uint index = simdgroup + step * SIMDGROUPS;
             copied.go_to(index, table);
             const PackedSlot<T>& slot = table[copied.slot];
             const metal_sim::PackedMatrix matrix[1] = {slot.matrix};
-            const uint first = (index - copied.first) * PACKED_DECODE_SLAB;
-            Product::copy_codes(slab, matrix, first_column, args.hidden - 1, first, slot.K, lane);
-            Product::template copy_scales<SIMD_WIDTH>(slab + Product::SCALES_AT, matrix, first_column, args.hidden - 1,
-                                                      first, slot.K, lane);
+            Product::copy_weights(slab, matrix, first_column, args.hidden - 1,
+                                  (index - copied.first) * PACKED_DECODE_SLAB, slot.K, lane);
           },
           [] { wait_for_previous_kernel(); },
-          [&](uchar* to, uint step) {
+          [&](uint step) {
             const uint index = simdgroup + step * SIMDGROUPS;
-            copied_rows.go_to(index, table);
-            const PackedSlot<T>& slot = table[copied_rows.slot];
-            device const T* x = slot.x;
-            Product::copy_rows(to, {[&](uint) { return x; }, 1, lane}, (index - copied_rows.first) * PACKED_DECODE_SLAB,
-                               slot.K, lane);
-          },
-          [&](const uchar* slab, const uchar* x, uint step) {
-            used.go_to(simdgroup + step * SIMDGROUPS, table);
-            if (used.slot != current && current != ~0u)
-              product.add_to(total, table[current].weight);
-            current = used.slot;
-            product.multiply_add(slab, x, slab + Product::SCALES_AT, 0, lane);
+            read.go_to(index, table);
+            const PackedSlot<T>& slot = table[read.slot];
+            return Product::load_elements(slot.x, slot.weight, (index - read.first) * PACKED_DECODE_SLAB, slot.K, lane);
           });
-      if (current != ~0u)
-        product.add_to(total, table[current].weight);
     }
-    total.gather(memory, simdgroup, lane);
+    product.gather(memory, simdgroup, lane);
     const uint column = first_column + thread_index;
     if (thread_index >= COLUMNS || column >= args.hidden)
       return true;
-    float sum = Product::at(memory, 0, 0, thread_index);
+    float sum = Product::at(memory, 0, thread_index);
     if (args.has_bias)
       for (uint slot = 0; slot < args.top_k; ++slot) {
         const uint expert = slot_expert(ids, args, token, slot);

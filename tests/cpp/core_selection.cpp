@@ -229,11 +229,16 @@ TEST(Plan, PackedProductsHaveGridsOfTheirOwn) {
   EXPECT_EQ(base.down_code_flags, 0u) << "its product is not packed";
   EXPECT_EQ(base.down_blocks, 2048u / BASE_TILE_N);
   EXPECT_LT(base.down_bytes, base.gate_up_bytes);
+  const ExpertsPlan decode = plan(Family::Decode, 113 << 10);
+  EXPECT_EQ(decode.gate_up_blocks, 97u) << "16 columns of 1540: with 48 there are more threadgroups than cores";
+  EXPECT_EQ(decode.gate_up_simdgroups, 4u);
+  EXPECT_EQ(decode.gate_up_bytes, packed_gate_up(64, 2, false).bytes);
+  EXPECT_EQ(decode.gate_up_code_flags, 0u);
   shape.packed_down_group = 32;
   EXPECT_EQ(plan(Family::LargeBatch, 100 << 10).down_blocks, 2048u / 128);
   EXPECT_EQ(plan(Family::LargeBatch, 100 << 10).down_bytes, packed_tile_bytes(64, 16, 32, true));
-  EXPECT_EQ(plan(Family::Decode, 100 << 10).down_bytes, packed_down_bytes(16, 16, 32));
-  EXPECT_EQ(plan(Family::Decode, 100 << 10).down_simdgroups, 16u);
+  EXPECT_EQ(plan(Family::Decode, 100 << 10).down_bytes, packed_down_bytes(12, 16, 32));
+  EXPECT_EQ(plan(Family::Decode, 100 << 10).down_simdgroups, 12u);
   EXPECT_EQ(plan(Family::Decode, 100 << 10).down_code_flags, CODE_SHORT_ROWS);
   EXPECT_EQ(plan(Family::Decode, 48 << 10).down_bytes, packed_down_bytes(8, 16, 32)) << "fewer simdgroups fit";
   EXPECT_EQ(plan(Family::Decode, 48 << 10).down_simdgroups, 8u);
@@ -251,6 +256,14 @@ TEST(Plan, PackedProductsHaveGridsOfTheirOwn) {
   shape.hidden = 2048;
   EXPECT_EQ(plan(Family::LargeBatch, 48 << 10).down_blocks, 2048u / LARGE_BATCH_TILE_N) << "they do not fit";
   EXPECT_LE(plan(Family::LargeBatch, 48 << 10).down_bytes, 48u << 10);
+  shape.tokens = 1;
+  shape.shared = shape.shared_intermediate = 0;
+  const ExpertsPlan whole = plan(Family::Decode, 113 << 10);
+  EXPECT_EQ(whole.gate_up_blocks, 32u) << "with 4 slots 128 threadgroups, no more than cores";
+  EXPECT_EQ(whole.gate_up_simdgroups, 8u);
+  EXPECT_EQ(whole.gate_up_bytes, packed_gate_up(64, 2, true).bytes);
+  EXPECT_EQ(whole.gate_up_code_flags, CODE_SHORT_ROWS);
+  EXPECT_EQ(plan(Family::Decode, 100 << 10).gate_up_blocks, 96u) << "whole rows and `down` do not fit together";
 }
 
 TEST(Plan, RowTilesComeFromTheIdsWhereEachAssignmentHasALane) {
