@@ -263,7 +263,7 @@ TEST(Plan, PackedProductsHaveGridsOfTheirOwn) {
   EXPECT_EQ(whole.gate_up_simdgroups, 8u);
   EXPECT_EQ(whole.gate_up_bytes, packed_gate_up(64, 2, true).bytes);
   EXPECT_EQ(whole.gate_up_code_flags, CODE_SHORT_ROWS);
-  EXPECT_EQ(plan(Family::Decode, 100 << 10).gate_up_blocks, 96u) << "whole rows and `down` do not fit together";
+  EXPECT_EQ(plan(Family::Decode, 97 << 10).gate_up_blocks, 96u) << "whole rows and `down` do not fit together";
 }
 
 TEST(Plan, RowTilesComeFromTheIdsWhereEachAssignmentHasALane) {
