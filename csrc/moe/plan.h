@@ -53,8 +53,8 @@ struct ExpertsPlan {
   uint32_t h_row_stride;   // elements
   uint32_t gate_up_blocks; // column blocks of the grid
   uint32_t down_blocks;
-  uint32_t gate_up_simdgroups; // of a threadgroup on a GPU, decode of quantised weights
-  uint32_t down_simdgroups;    // likewise, decode
+  uint32_t gate_up_simdgroups; // of a threadgroup on a GPU, decode as a packed product
+  uint32_t down_simdgroups;    // likewise, decode of any kind
   uint32_t gate_up_code_flags; // added to the codes of packed products: CODE_SHORT_ROWS or 0
   uint32_t down_code_flags;
   uint32_t gate_up_bytes; // of threadgroup memory; 0: none

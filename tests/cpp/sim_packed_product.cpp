@@ -132,10 +132,10 @@ float element(uint32_t word, uint index) {
   return float(T{uint16_t(word >> 16 * index)});
 }
 
-/// mma.m16n8k16: lane 4g + t holds of the first factor rows g and g + 8 at k = 2t, 2t + 1 and 2t + 8, 2t + 9, of the
-/// second those k of column g, of the sum rows g and g + 8 of columns 2t, 2t + 1.
-template <typename T>
-void multiply_add_fragments(T, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+/// Lane 4g + t holds of the first factor rows g and g + 8 at two words of k, of the second those k of column g, of the
+/// sum rows g and g + 8 of columns 2t, 2t + 1. add(sum, word of a, word of b) for each word of k.
+template <typename Sum, typename Add>
+void multiply_add_words(Sum (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const Add& add) {
   Warp& warp = *block->warps[own_warp];
   std::copy(std::begin(a), std::end(a), warp.a[own_lane]);
   warp.b[own_lane][0] = b0, warp.b[own_lane][1] = b1;
@@ -144,11 +144,18 @@ void multiply_add_fragments(T, float (&sum)[4], const uint32_t (&a)[4], uint32_t
     const uint row = own_lane / 4 + e / 2 * 8, column = own_lane % 4 * 2 + e % 2;
     for (uint t = 0; t < 4; ++t)
       for (uint upper = 0; upper < 2; ++upper)
-        for (uint i = 0; i < 2; ++i)
-          sum[e] += element<T>(warp.a[row % 8 * 4 + t][upper * 2 + row / 8], i) *
-                    element<T>(warp.b[column * 4 + t][upper], i);
+        add(sum[e], warp.a[row % 8 * 4 + t][upper * 2 + row / 8], warp.b[column * 4 + t][upper]);
   }
   warp.barrier.arrive_and_wait();
+}
+
+/// mma.m16n8k16: words of k = 2t, 2t + 1 and 2t + 8, 2t + 9.
+template <typename T>
+void multiply_add_fragments(T, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply_add_words(sum, a, b0, b1, [](float& to, uint32_t x, uint32_t y) {
+    for (uint i = 0; i < 2; ++i)
+      to += element<T>(x, i) * element<T>(y, i);
+  });
 }
 template <typename T>
 void multiply_fragments(T type, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -156,26 +163,16 @@ void multiply_fragments(T type, float (&sum)[4], const uint32_t (&a)[4], uint32_
   multiply_add_fragments(type, sum, a, b0, b1);
 }
 
-/// mma.m16n8k32 of bytes: lane 4g + t holds of the first factor rows g and g + 8 at k = 4t to 4t + 3 and 16 + 4t to
-/// 16 + 4t + 3, of the second those k of column g, of the sum what it holds of m16n8k16's.
-void multiply_add_bytes(uint32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  Warp& warp = *block->warps[own_warp];
-  std::copy(std::begin(a), std::end(a), warp.a[own_lane]);
-  warp.b[own_lane][0] = b0, warp.b[own_lane][1] = b1;
-  warp.barrier.arrive_and_wait();
-  for (uint e = 0; e < 4; ++e) {
-    const uint row = own_lane / 4 + e / 2 * 8, column = own_lane % 4 * 2 + e % 2;
-    for (uint t = 0; t < 4; ++t)
-      for (uint upper = 0; upper < 2; ++upper)
-        for (uint i = 0; i < 4; ++i)
-          sum[e] += int(warp.a[row % 8 * 4 + t][upper * 2 + row / 8] >> 8 * i & 255) *
-                    int(int8_t(warp.b[column * 4 + t][upper] >> 8 * i));
-  }
-  warp.barrier.arrive_and_wait();
+/// mma.m16n8k32 of bytes: words of k = 4t to 4t + 3 and 16 + 4t to 16 + 4t + 3.
+void multiply_add_signed_bytes(uint32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply_add_words(sum, a, b0, b1, [](uint32_t& to, uint32_t x, uint32_t y) {
+    for (uint i = 0; i < 4; ++i)
+      to += int(x >> 8 * i & 255) * int(int8_t(y >> 8 * i));
+  });
 }
-void multiply_bytes(uint32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t base) {
+void multiply_signed_bytes(uint32_t (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, uint32_t base) {
   std::fill(std::begin(sum), std::end(sum), base);
-  multiply_add_bytes(sum, a, b0, b1);
+  multiply_add_signed_bytes(sum, a, b0, b1);
 }
 
 /// mma.m16n8k4 of tf32, whose operands lose the low 13 bits: lane 4g + t holds of the first factor rows g and g + 8 at

@@ -158,9 +158,9 @@ struct PackedRow
             const uint32_t a[4] = {upper[i][w] & 0x0F0F0F0Fu, lower[i][w] & 0x0F0F0F0Fu, upper[i][w] & 0xF0F0F0F0u,
                                    lower[i][w] & 0xF0F0F0F0u};
             if (w == 0)
-              multiply_bytes(product[i], a, digits[w].x, digits[w].y, BASE_BITS);
+              multiply_signed_bytes(product[i], a, digits[w].x, digits[w].y, BASE_BITS);
             else
-              multiply_add_bytes(product[i], a, digits[w].x, digits[w].y);
+              multiply_add_signed_bytes(product[i], a, digits[w].x, digits[w].y);
           }
 #pragma unroll
         for (uint i = 0; i < TOGETHER; ++i)
