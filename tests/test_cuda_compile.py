@@ -54,7 +54,8 @@ def test_which_kernels_begin_early():
             if "metal_sim::wait_for_previous_kernel();" not in body[:first]:
                 early.add(entry.split(")")[0].rsplit("_decode", 1)[0])
     quantized = {"gate_up_quantized", "up_quantized", "down_quantized"}
-    assert early == quantized | {"down", "rotate_outputs", "trellis_down"}
+    combined = {f"combine_{dtype}" for dtype in ("fp32", "fp16", "bf16")}
+    assert early == quantized | combined | {"down", "rotate_outputs", "trellis_down"}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)

@@ -11,6 +11,7 @@
 // their places first, then the rows, so that a token waits for memory twice, not twice per slot.
 //
 // Bytes per token: 4 * slots * H read, sizeof(T) * H written.
+#include "../tiles/early_start.h"
 #include "assignment.h"
 #include "combine.h"
 #include "group.h"
@@ -118,6 +119,7 @@ void combine(device const float* rows [[buffer(0)]], device const uint* inverse 
         weight[i] = slot + i < slots ? slot_weight(topk_weights, shared_weights, args, token, slot + i) : 0.0f;
         weight[i] = place[i] != GROUP_NONE ? weight[i] : 0.0f;
       }
+      wait_for_previous_kernel(); // which has nothing to do with places and weights
       if (SIMD_WIDTH > 1) {
         add_columns<SLOTS_AT_A_TIME>(sum, row, weight, count, args.vectorized);
       } else if (all) {

@@ -229,10 +229,12 @@ down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [
   const DownStore<T, PlacedRows<T, ROW_TILE>> store{
       rows, y + ulong(tile.first) * args.out_row_stride, b, tile.count, first_column, args.hidden, args.out_row_stride};
 #ifdef METAL_SIM_CUDA
-  if (multiply_packed_tile<FIRST_MATRIX, T, ROW_TILE>(rows, tile.count, weights.matrices, first_column, args.hidden, K,
-                                                      store, memory, simdgroup, lane))
+  if (multiply_packed_tile<FIRST_MATRIX, T, ROW_TILE, true>(rows, tile.count, weights.matrices, first_column,
+                                                            args.hidden, K, store, memory, simdgroup, lane))
     return;
 #endif
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   Tile product;
   product.multiply_decoded(rows, tile.count, weights, K, memory, simdgroup, lane, whole_vectors<T>(K));
   product.for_each_pair(store, memory, simdgroup, lane);

@@ -241,6 +241,7 @@ template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
   const uint first_column = group.y * tile_columns(code, sizeof(T), ROW_TILE, MATRICES, Tile::COLUMNS);
   const bool is_routed = tile.expert < args.experts;
   const uint intermediate = is_routed ? args.intermediate : args.shared_intermediate;
+  let_next_kernel_start();
   if (tile.count == 0 || first_column >= intermediate)
     return;
 
@@ -262,8 +263,8 @@ template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
   const GateUpStore<T, GATED, GatheredRows<T, ROW_TILE>> store{
       rows, h + ulong(tile.first) * args.h_row_stride, b, tile.count, first_column, intermediate, args};
 #ifdef METAL_SIM_CUDA
-  if (multiply_packed_tile<GATE_UP_CODE<GATED>, T, ROW_TILE>(rows, tile.count, weights.matrices, first_column,
-                                                             intermediate, args.hidden, store, memory, simdgroup, lane))
+  if (multiply_packed_tile<GATE_UP_CODE<GATED>, T, ROW_TILE, false>(
+          rows, tile.count, weights.matrices, first_column, intermediate, args.hidden, store, memory, simdgroup, lane))
     return;
 #endif
   Tile product;

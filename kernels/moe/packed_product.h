@@ -46,8 +46,9 @@ template <typename T, uint CODE, uint MATRICES, uint WEIGHT_ROWS, uint SIMDGROUP
 using PackedRowOf = metal_sim::PackedRow<T, code_group_size(CODE), code_scale_type(CODE) == SCALE_FP16, MATRICES,
                                          WEIGHT_ROWS, PACKED_DECODE_SLAB, SIMDGROUPS, STAGES, X_STAGES, WHOLE>;
 
-/// Rows of one expert times weight rows of MATRICES matrices from first_column on.
-template <uint CODE, typename T, uint ROW_TILE, uint MATRICES, typename Source, typename Store>
+/// Rows of one expert times weight rows of MATRICES matrices from first_column on. If WAITS, for the kernel before,
+/// which makes the rows, when the first weights are on their way; the next one is let go then.
+template <uint CODE, typename T, uint ROW_TILE, bool WAITS, uint MATRICES, typename Source, typename Store>
 inline bool multiply_packed_tile(thread const Source& rows, uint count,
                                  thread const QuantizedMatrix (&matrices)[MATRICES], uint first_column, uint columns,
                                  uint K, thread const Store& store, threadgroup uchar* memory, uint simdgroup,
@@ -64,8 +65,12 @@ inline bool multiply_packed_tile(thread const Source& rows, uint count,
       packed[m] = packed_matrix(matrices[m]);
     Product product;
     product.clear();
-    product.multiply_add_all(
-        memory, packed, first_column, columns - 1, [&](uint row) { return rows.at(row); }, count, K, simdgroup, lane);
+    product.template multiply_add_all<WAITS>(
+        memory, packed, first_column, columns - 1, [&](uint row) { return rows.at(row); }, count, K, simdgroup, lane,
+        [] {
+          wait_for_previous_kernel();
+          let_next_kernel_start();
+        });
     product.gather(memory, simdgroup, lane);
     // Pairs of neighbouring columns.
     for (uint e = simdgroup * SIMD_WIDTH + lane; e < count * (COLUMNS / 2); e += GEMM_LANE_SIMDGROUPS * SIMD_WIDTH) {

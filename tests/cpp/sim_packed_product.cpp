@@ -301,9 +301,9 @@ double error_of(uint rows, uint K, uint count, uint first_row) {
   run_threads<Product::BYTES, WARPS, K_WARPS>([&](uchar* memory, uint warp, uint lane, uint thread) {
     Product product;
     product.clear();
-    product.multiply_add_all(
-        memory, inputs.matrices, first_row, rows - 1, [&](uint row) { return inputs.x_row(row); }, count, K, warp,
-        lane);
+    const auto x_row = [&](uint row) { return inputs.x_row(row); };
+    product.template multiply_add_all<(MATRICES == 1)>(memory, inputs.matrices, first_row, rows - 1, x_row, count, K,
+                                                       warp, lane, [] {});
     product.gather(memory, warp, lane);
     for (uint e = thread; e < sums.size(); e += WARPS * SIMD_WIDTH)
       sums[e] = Product::at(memory, e / (MATRICES * COLUMNS), e / COLUMNS % MATRICES, e % COLUMNS);

@@ -221,10 +221,12 @@ struct PackedProduct
     return total;
   }
 
-  /// sum += all of K, of `count` rows that begin at x(row).
-  template <typename X>
+  /// sum += all of K, of `count` rows that begin at x(row). If WAITS, wait() is called once ahead of those, when as
+  /// many weights are on their way as there is room for.
+  template <bool WAITS, typename X, typename Wait>
   METAL_FUNC void multiply_add_all(uchar* memory, const PackedMatrix (&matrices)[MATRICES], uint first_row,
-                                   uint last_row, const X& x, uint count, uint K, uint warp, uint lane) {
+                                   uint last_row, const X& x, uint count, uint K, uint warp, uint lane,
+                                   const Wait& wait) {
     const uint slabs = (K + SLAB - 1) / SLAB,
                steps = (slabs + K_WARPS - 1) / K_WARPS;     // of all warps: they share chunks
     const uint x_lane = warp / K_WARPS * SIMD_WIDTH + lane; // of the warps that share rows
@@ -237,13 +239,16 @@ struct PackedProduct
       const uint place = warp / K_WARPS * 2 + step / CHUNK_STEPS % 2;
       return memory + CHUNKS_AT + place * (ROWS * SCALE_ROW);
     };
-    const auto start = [&](uint step) {
+    const auto start_weights = [&](uint step) {
       const uint index = k_warp + step * K_WARPS;
       if (index < slabs)
         Slab::copy_codes(slab(step), matrices, first_row, last_row, index * SLAB, K, lane);
       if (step % CHUNK_STEPS == 0)
         Slab::template copy_scales<K_WARPS * SIMD_WIDTH>(chunk(step), matrices, first_row, last_row,
                                                          step * K_WARPS * SLAB, K, k_warp * SIMD_WIDTH + lane);
+    };
+    const auto start_rows = [&](uint step) {
+      const uint index = k_warp + step * K_WARPS;
       if (index < slabs)
         copy_rows(rows(step), own_x, index * SLAB, K, x_lane);
     };
@@ -258,6 +263,11 @@ struct PackedProduct
       else
         multiply_add(slab(step), rows(step), chunk(step), at, lane);
     };
+    if constexpr (WAITS) {
+      for (uint step = 0; step < min(steps, STAGES); ++step)
+        start_weights(step);
+      wait();
+    }
     for (uint step = 0; step < steps + STAGES; ++step) {
       if (step >= STAGES) {
         copy_wait_own<STAGES - 1>();
@@ -265,8 +275,11 @@ struct PackedProduct
         use(step - STAGES);
         meet(warp);
       }
-      if (step < steps)
-        start(step);
+      if (step < steps) {
+        if (!WAITS || step >= STAGES)
+          start_weights(step);
+        start_rows(step);
+      }
       copy_commit(); // also of nothing: the wait counts groups
     }
   }
