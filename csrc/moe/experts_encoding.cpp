@@ -118,6 +118,10 @@ void ExpertsEncoding::down_decode(const BufferView& h) {
                   plan.down_weight_bytes + activation_bytes());
 }
 
+MTL::Size ExpertsEncoding::grouped_grid(uint32_t blocks, uint32_t code_flags) const {
+  return code_short_rows(code_flags) ? MTL::Size(blocks, plan.tiles, 1) : MTL::Size(plan.tiles, blocks, 1);
+}
+
 void ExpertsEncoding::gate_up_grouped(const GroupTables& tables, const BufferView& h) {
   args.tiles_from_ids = plan.tiles_from_ids;
   const bool gemv = plan.family == Family::Prefill4;
@@ -134,7 +138,7 @@ void ExpertsEncoding::gate_up_grouped(const GroupTables& tables, const BufferVie
   if (plan.gate_up_bytes)
     stream.threadgroup_memory(0, plan.gate_up_bytes);
   const uint32_t blocks = gemv ? gemv_blocks(pipeline, widest_intermediate(), gate_up_columns()) : plan.gate_up_blocks;
-  stream.dispatch(MTL::Size(plan.tiles, blocks, 1),
+  stream.dispatch(grouped_grid(blocks, plan.gate_up_code_flags),
                   simdgroups(gemv ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width,
                   plan.gate_up_weight_bytes + activation_bytes());
 }
@@ -156,10 +160,10 @@ void ExpertsEncoding::down_grouped(const GroupTables& tables, const BufferView& 
   stream.bind_value(index, args);
   if (plan.down_bytes)
     stream.threadgroup_memory(0, plan.down_bytes);
-  stream.dispatch(
-      MTL::Size(plan.tiles, gemv ? gemv_blocks(pipeline, shape.hidden, down_columns()) : plan.down_blocks, 1),
-      simdgroups(gemv ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width,
-      plan.down_weight_bytes + plan.h_bytes + plan.y_bytes);
+  const uint32_t blocks = gemv ? gemv_blocks(pipeline, shape.hidden, down_columns()) : plan.down_blocks;
+  stream.dispatch(grouped_grid(blocks, plan.down_code_flags),
+                  simdgroups(gemv ? GEMV_SIMDGROUPS : GEMM_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width,
+                  plan.down_weight_bytes + plan.h_bytes + plan.y_bytes);
   combine(tables, y);
 }
 

@@ -47,6 +47,7 @@ private:
   uint32_t down_weights();
   uint32_t bind_part(uint32_t index, const QuantizedPart& part);
   FunctionConstants gate_up_codes() const;
+  MTL::Size grouped_grid(uint32_t blocks, uint32_t code_flags) const;
   void combine(const GroupTables& tables, const BufferView& y);
   /// `view`, or where it is absent any buffer: every argument of a kernel must be bound.
   BufferView or_any(const TensorView& view) const { return view ? view.view() : x.view(); }

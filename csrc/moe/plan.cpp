@@ -56,8 +56,9 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
   // Products with trellis weights have the smallest row tile of each family.
   const uint64_t routed_rows = shape.trellis ? 0 : uint64_t(shape.tokens) * shape.top_k;
   const uint32_t widest = std::max(shape.intermediate, shape.shared_intermediate);
-  const bool short_gate_up = shape.hidden <= PACKED_SHORT_COLUMNS;
-  const bool short_down = widest <= PACKED_SHORT_COLUMNS;
+  const bool few_tiles = rows <= PACKED_SHORT_ASSIGNMENTS;
+  const bool short_gate_up = few_tiles && shape.hidden <= PACKED_SHORT_COLUMNS;
+  const bool short_down = few_tiles && widest <= PACKED_SHORT_COLUMNS;
   const auto packed = [&](uint32_t row_tile, uint32_t group, bool short_rows) {
     return group ? packed_tile(row_tile, group, short_rows, tuning.threadgroup_bytes) : PackedTile{};
   };

@@ -208,11 +208,12 @@ down_quantized_gemm(device const T* h [[buffer(0)]], device const uchar* codes [
                     device float* y [[buffer(12)]], constant ExpertsArgs& args [[buffer(13)]],
                     threadgroup uchar* memory [[threadgroup(0)]], uint3 group [[threadgroup_position_in_grid]],
                     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, group.x, lane);
+  const uint2 place = tile_and_block(FIRST_MATRIX, group);
+  const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, place.x, lane);
   if (tile.count == 0)
     return;
   using Tile = GemmTile<T, float, 1, ROW_TILE, TILE_N, true>;
-  const uint first_column = group.y * tile_columns(FIRST_MATRIX, sizeof(T), ROW_TILE, 1, Tile::COLUMNS);
+  const uint first_column = place.y * tile_columns(FIRST_MATRIX, sizeof(T), ROW_TILE, 1, Tile::COLUMNS);
 
   QuantizedStager<T, 1, Tile::COLUMNS, Tile::K_TILE, typename Tile::Layout> weights;
   const bool is_routed = tile.expert < args.experts;

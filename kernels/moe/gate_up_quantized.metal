@@ -236,9 +236,10 @@ template <typename T, bool GATED, uint ROW_TILE, uint TILE_N>
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint MATRICES = GATED ? 2 : 1;
   using Tile = GemmTile<T, float, MATRICES, ROW_TILE, TILE_N, true>;
-  const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, group.x, lane);
   const uint code = GATED && FIRST_MATRIX != SECOND_MATRIX ? 0 : FIRST_MATRIX;
-  const uint first_column = group.y * tile_columns(code, sizeof(T), ROW_TILE, MATRICES, Tile::COLUMNS);
+  const uint2 place = tile_and_block(code, group);
+  const TileRows<ROW_TILE> tile = tile_rows<ROW_TILE>(ids, tiles, args, place.x, lane);
+  const uint first_column = place.y * tile_columns(code, sizeof(T), ROW_TILE, MATRICES, Tile::COLUMNS);
   const bool is_routed = tile.expert < args.experts;
   const uint intermediate = is_routed ? args.intermediate : args.shared_intermediate;
   let_next_kernel_start();

@@ -20,6 +20,13 @@ inline uint tile_columns(uint code, uint element_bytes, uint row_tile, uint matr
   return other;
 }
 
+/// The row tile (x) and the block of columns (y) of threadgroup `group`. Tiles that are not in use take a place until
+/// they know: where a tile has few blocks, the grid is (blocks, tiles), and those stand behind all others. Where it has
+/// many, the blocks of all tiles with the same weights stand together.
+inline uint2 tile_and_block(uint code, uint3 group) {
+  return code_short_rows(code) ? uint2(group.y, group.x) : uint2(group.x, group.y);
+}
+
 #ifdef METAL_SIM_CUDA
 
 /// How many threadgroups of a kernel for rows of T a multiprocessor is to run at a time, for the compiler: as many as

@@ -254,6 +254,12 @@ TEST(Plan, PackedProductsHaveGridsOfTheirOwn) {
   EXPECT_EQ(plan(Family::LargeBatch, 100 << 10).gate_up_blocks, 49u) << "128 rows of a simdgroup do not fit";
   EXPECT_EQ(plan(Family::Base, 100 << 10).gate_up_blocks, 49u);
   shape.hidden = 2048;
+  shape.tokens = PACKED_SHORT_ASSIGNMENTS / 5; // 5 slots
+  EXPECT_EQ(plan(Family::Base, 100 << 10).down_code_flags, CODE_SHORT_ROWS);
+  EXPECT_LE(plan(Family::Base, 100 << 10).tiles, 65535u) << "of CUDA's second dimension of a grid";
+  ++shape.tokens;
+  EXPECT_EQ(plan(Family::Base, 100 << 10).down_code_flags, 0u) << "tiles stand in its first dimension";
+  shape.tokens = 128;
   EXPECT_EQ(plan(Family::LargeBatch, 48 << 10).down_blocks, 2048u / LARGE_BATCH_TILE_N) << "they do not fit";
   EXPECT_LE(plan(Family::LargeBatch, 48 << 10).down_bytes, 48u << 10);
   shape.tokens = 1;
