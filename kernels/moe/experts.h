@@ -218,8 +218,8 @@ struct ExpertsArgs {
 //                    threadgroup)).
 //  down, grouped   : 0 h, 1 w2, 2 shared_w2, 3 bias2, 4 ids, 5 tiles, 6 y out fp32 [S, H], 7 ExpertsArgs; threadgroup
 //                    0. Grid (tiles, ceil(H / tile_n)).
-// Grouped, rows of h and y are in sorted order, with tiles_from_ids in order of assignments. Grids of packed row tiles of
-// few columns are the other way round (tile_and_block).
+// Grouped, rows of h and y are in sorted order, with tiles_from_ids in order of assignments. Grids of packed row tiles
+// of few columns are the other way round (tile_and_block).
 // On quantised weights (kernels named `..._quantized_...`) the codes, scales, biases and table of a part stand in place
 // of each of w1 (gate, then up), shared_w1, w2 and shared_w2; without a gate the four of up are any others.
 //  gate_up, decode : 0 x, 1-4 gate, 5-8 up, 9-12 shared gate, 13-16 shared up, 17 bias1, 18 ids, 19 h, 20 ExpertsArgs.
