@@ -84,9 +84,10 @@ SHARED_CONSTANT uint DOWN_DECODE_MEMORY_BYTES = DOWN_DECODE_SIMDGROUPS * DOWN_DE
 
 // Packed products (packed_product.h). Rows of more columns keep all simdgroups of a threadgroup busy along K; of fewer
 // they take longer to begin and to end than to multiply. Kernels are compiled for the one or the other, gate_up of one
-// token for whole rows (packed_gate_up) or not. Grids of the latter's tiles are (blocks of columns, tiles), and no more
-// than 65535 tiles fit into one of CUDA's.
+// token for whole rows (packed_gate_up) or not.
 SHARED_CONSTANT uint PACKED_SHORT_COLUMNS = 2048;
+/// Row tiles of few columns stand in the second dimension of their grid, of which CUDA has 65535: with more assignments
+/// they are computed as those of many.
 SHARED_CONSTANT uint PACKED_SHORT_ASSIGNMENTS = 1u << 18;
 // For one token: weight rows of a threadgroup (gate_up: of each matrix), columns that a simdgroup takes at a time, and
 // the slabs, of so many columns, that it has in threadgroup memory. Simdgroups share K.
