@@ -86,8 +86,8 @@ SHARED_CONSTANT uint DOWN_DECODE_MEMORY_BYTES = DOWN_DECODE_SIMDGROUPS * DOWN_DE
 // they take longer to begin and to end than to multiply. Kernels are compiled for the one or the other, gate_up of one
 // token for whole rows (packed_gate_up) or not.
 SHARED_CONSTANT uint PACKED_SHORT_COLUMNS = 2048;
-/// Row tiles of few columns stand in the second dimension of their grid, of which CUDA has 65535: with more assignments
-/// they are computed as those of many.
+/// Row tiles of few columns stand in the second dimension of their grid, of which one launch of CUDA's has 65535: with
+/// more assignments they are computed as those of many, still in one launch.
 SHARED_CONSTANT uint PACKED_SHORT_ASSIGNMENTS = 1u << 18;
 // For one token: weight rows of a threadgroup (gate_up: of each matrix), columns that a simdgroup takes at a time, and
 // the slabs, of so many columns, that it has in threadgroup memory. Simdgroups share K.

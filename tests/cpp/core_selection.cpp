@@ -256,7 +256,7 @@ TEST(Plan, PackedProductsHaveGridsOfTheirOwn) {
   shape.hidden = 2048;
   shape.tokens = PACKED_SHORT_ASSIGNMENTS / 5; // 5 slots
   EXPECT_EQ(plan(Family::Base, 100 << 10).down_code_flags, CODE_SHORT_ROWS);
-  EXPECT_LE(plan(Family::Base, 100 << 10).tiles, 65535u) << "of CUDA's second dimension of a grid";
+  EXPECT_LE(plan(Family::Base, 100 << 10).tiles, 65535u) << "in one launch of CUDA's";
   ++shape.tokens;
   EXPECT_EQ(plan(Family::Base, 100 << 10).down_code_flags, 0u) << "tiles stand in its first dimension";
   shape.tokens = 128;
