@@ -66,10 +66,8 @@ TrellisEncoding::Slices TrellisEncoding::slices(const Pipeline& pipeline, uint32
                                                 uint32_t count) const {
   const uint32_t width = pipeline.simd_width;
   const uint32_t threadgroups = ceil_div(rotate_padded(outputs), trellis_decode_columns(width)) * args_.rows * count;
-  const uint32_t blocks = rotate_blocks(inputs), least = ceil_div(blocks, TRELLIS_DECODE_MAX_BLOCKS);
-  const uint32_t at_a_time = TRELLIS_DECODE_PLACES / threadgroups;
-  const uint32_t wanted = at_a_time >= 4 ? at_a_time : ceil_div(TRELLIS_DECODE_THREADGROUPS, threadgroups);
-  const uint32_t slices = std::clamp(width == 1 ? 1 : std::min(wanted, TRELLIS_DECODE_SLICES), least, blocks);
+  const uint32_t blocks = rotate_blocks(inputs);
+  const uint32_t slices = width == 1 ? ceil_div(blocks, TRELLIS_DECODE_MAX_BLOCKS) : trellis_slices(blocks, threadgroups);
   return {slices, ceil_div(blocks, slices)};
 }
 
