@@ -25,7 +25,9 @@ void set_tuning_table(std::string_view engine_name, const py::list& entries) {
   for (const py::handle item : entries) {
     const auto fields = py::reinterpret_borrow<py::dict>(item);
     TuningTable::Entry entry{{}, engine.tuning()};
-    entry.tuning.base_assignments = 0; // measured thresholds say it all
+    // Measured thresholds say it all.
+    entry.tuning.base_assignments = 0;
+    entry.tuning.quantized_decode = entry.tuning.packed_decode = {};
     read_field(fields, "hidden", entry.layer.hidden);
     read_field(fields, "intermediate", entry.layer.intermediate);
     read_field(fields, "experts", entry.layer.experts);

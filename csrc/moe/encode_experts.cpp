@@ -132,12 +132,14 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
       shape.packed_gate_up_group = group(layer.gate.code);
     shape.packed_down_group = group(layer.down.code);
   }
-  Family family = layer.trellis() ? select_trellis_family(tuning, shape.tokens, assignments, shape.experts)
-                                  : select_family(tuning, shape.tokens, assignments);
-  if (shape.packed_gate_up_group && shape.packed_down_group)
-    family = select_packed_family(tuning, family, assignments, shape.experts);
+  Family family = select_family(tuning, shape.tokens, assignments);
   if (layer.family)
     family = requested_family(layer, shape, fp32_accumulation);
+  else if (layer.trellis())
+    family = select_trellis_family(tuning, shape.tokens, assignments, shape.experts);
+  else if (shape.quantized_gate_up_bytes && shape.quantized_down_bytes && !shape.trellis)
+    family = select_quantized_family(tuning, shape.tokens, assignments, shape.experts,
+                                     shape.packed_gate_up_group && shape.packed_down_group);
   ExpertsPacking packing{};
   packing.codes = layer.codes();
   if (shape.tokens == 0)

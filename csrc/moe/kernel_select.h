@@ -31,8 +31,9 @@ TunedLayer layer_of_bits(Bits gate_bits, Bits up_bits, Bits down_bits);
 /// Family for `tokens` tokens.
 Family select_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments);
 
-/// `family`, or base in place of large_batch where packed products of all experts' rows need no larger tiles.
-Family select_packed_family(const Tuning& tuning, Family family, uint64_t assignments, uint32_t experts);
+/// The same of a layer whose weights are all quantised, none of them trellis codes. `packed`: by packed products.
+Family select_quantized_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments, uint32_t experts,
+                               bool packed);
 
 /// The same of a layer whose weights are all trellis codes.
 Family select_trellis_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments, uint32_t experts);

@@ -67,7 +67,8 @@ TrellisEncoding::Slices TrellisEncoding::slices(const Pipeline& pipeline, uint32
   const uint32_t width = pipeline.simd_width;
   const uint32_t threadgroups = ceil_div(rotate_padded(outputs), trellis_decode_columns(width)) * args_.rows * count;
   const uint32_t blocks = rotate_blocks(inputs);
-  const uint32_t slices = width == 1 ? ceil_div(blocks, TRELLIS_DECODE_MAX_BLOCKS) : trellis_slices(blocks, threadgroups);
+  const uint32_t slices =
+      width == 1 ? ceil_div(blocks, TRELLIS_DECODE_MAX_BLOCKS) : trellis_slices(blocks, threadgroups);
   return {slices, ceil_div(blocks, slices)};
 }
 

@@ -51,10 +51,14 @@ const Tuning& tuning_for(const std::string& engine) {
   // Tensor cores are idle most of the time whatever the tile, so padding costs little and reading weights again more;
   // copies run ahead of the arithmetic, where dot products wait for their loads. Four tokens of GLM-4.7-Flash: 69.9 us
   // with base, 72.6 with large_batch; of Qwen3-30B-A3B, twice the assignments, 80.2 and 79.8 (H200). 16 rows of trellis
-  // weights take at most 1.5 times the instructions of four, by the compiled loops.
+  // weights take at most 1.5 times the instructions of four, by the compiled loops. Few tokens of quantised weights:
+  // docs/performance.md.
   static const Tuning cuda{.prefill4_tokens = 1,
                            .base_tokens = 1,
                            .base_assignments = 16,
+                           .quantized_decode = {24, 4.0f},
+                           .packed_decode = {3, 0.75f},
+                           .trellis_decode = {UINT32_MAX, 0.5f},
                            .row_tile_per_mean_rows = 1.5f,
                            .largest_row_tile = 128,
                            .trellis_large_batch_rows = 4,

@@ -13,6 +13,18 @@
 
 namespace metal_moe {
 
+/// decode reads an expert's weights again for each of its rows: up to so many tokens, and rows of an expert in the
+/// mean. One token is always within it.
+struct DecodeLimit {
+  uint32_t tokens = 1;
+  float mean_rows = 0.0f;
+
+  bool holds(uint32_t of_tokens, uint64_t assignments, uint32_t experts) const {
+    return of_tokens <= 1 ||
+           (of_tokens <= tokens && static_cast<double>(assignments) <= static_cast<double>(mean_rows) * experts);
+  }
+};
+
 struct Tuning {
   // Largest number of tokens of each family; beyond the last it is large_batch. The defaults are the published table of
   // select_moe_kernel.
@@ -22,6 +34,11 @@ struct Tuning {
   /// From two tokens on, layers of at most as many assignments (tokens * top_k) are base whatever the tokens: so few
   /// tiles that smaller ones, of which there are more, fill the cores evenly.
   uint32_t base_assignments = 0;
+  /// Where layers whose weights are all quantised are decode whatever the families' tokens: such layers; those where
+  /// both products are packed (below); those of trellis codes alone.
+  DecodeLimit quantized_decode = {};
+  DecodeLimit packed_decode = {};
+  DecodeLimit trellis_decode = {};
   /// Rows of a prefill4 tile.
   uint32_t prefill4_row_tile = PREFILL4_ROW_TILE;
   /// Grouped families find their row tiles in the ids, without `group`, up to so many assignments; 0: never. A lane
@@ -33,7 +50,7 @@ struct Tuning {
   /// Beyond it a simdgroup has more sums than registers.
   uint32_t largest_row_tile = 64;
   /// Layers whose weights are all trellis codes are large_batch (with packed products base, where that needs no larger
-  /// tiles) where an expert has as many rows in the mean, otherwise prefill4, or decode with one token.
+  /// tiles) where an expert has as many rows in the mean, otherwise prefill4, where they are not decode.
   uint32_t trellis_large_batch_rows = UINT32_MAX;
   /// Rows up to which a small product (csrc/linear) runs in dot products: those that share a weight in registers.
   uint32_t product_gemv_rows = MATMUL_GEMV_ROWS;

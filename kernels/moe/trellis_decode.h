@@ -23,16 +23,16 @@ SHARED_CONSTANT uint TRELLIS_DECODE_SLICES = 16;
 /// Rows of tiles whose codes are asked for before the inputs are rotated: 32 KiB with four bits.
 SHARED_CONSTANT uint TRELLIS_DECODE_PREFETCH = 16;
 
-/// Into how many slices `blocks` blocks of 128 inputs are divided for so many threadgroups a slice, on a GPU: those that
-/// leave the busiest core least to do, in blocks, of which each threadgroup costs one more for its beginning. Cores with
-/// fewer threadgroups than they have room for are no faster for it.
+/// Into how many slices `blocks` blocks of 128 inputs are divided for so many threadgroups a slice, on a GPU: those
+/// that leave the busiest core least to do, in blocks, of which each threadgroup costs one more for its beginning.
+/// Cores with fewer threadgroups than they have room for are no faster for it.
 constexpr uint trellis_slices(uint blocks, uint threadgroups) {
   uint best = 0, least = ~0u;
   for (uint slices = (blocks + TRELLIS_DECODE_MAX_BLOCKS - 1) / TRELLIS_DECODE_MAX_BLOCKS;
        best == 0 || (slices <= TRELLIS_DECODE_SLICES && slices <= blocks); ++slices) {
     const uint most = (slices * threadgroups + TRELLIS_DECODE_CORES - 1) / TRELLIS_DECODE_CORES;
-    const uint work = (most > TRELLIS_DECODE_AT_A_TIME ? most : TRELLIS_DECODE_AT_A_TIME) *
-                      ((blocks + slices - 1) / slices + 1);
+    const uint work =
+        (most > TRELLIS_DECODE_AT_A_TIME ? most : TRELLIS_DECODE_AT_A_TIME) * ((blocks + slices - 1) / slices + 1);
     if (work < least) {
       least = work;
       best = slices;

@@ -141,6 +141,37 @@ TEST(Selection, FamiliesByName) {
     EXPECT_THROW(parse_family(name, true), std::invalid_argument) << name;
 }
 
+TEST(Selection, FewTokensOfQuantizedWeightsAreDecode) {
+  const Tuning& cuda = tuning_for("cuda");
+  const auto quantized = [&](const Tuning& tuning, uint32_t tokens, uint32_t top_k, uint32_t experts, bool packed) {
+    return select_quantized_family(tuning, tokens, uint64_t(tokens) * top_k, experts, packed);
+  };
+  EXPECT_EQ(quantized(cuda, 1, 2, 2, true), Family::Decode);
+  EXPECT_EQ(quantized(cuda, 24, 8, 128, false), Family::Decode);
+  EXPECT_EQ(quantized(cuda, 25, 8, 128, false), Family::Base) << "tokens";
+  EXPECT_EQ(quantized(cuda, 16, 2, 8, false), Family::Decode);
+  EXPECT_EQ(quantized(cuda, 17, 2, 8, false), Family::Base) << "rows of an expert";
+  EXPECT_EQ(quantized(cuda, 22, 2, 8, false), Family::LargeBatch);
+  EXPECT_EQ(quantized(cuda, 3, 2, 8, true), Family::Decode);
+  EXPECT_EQ(quantized(cuda, 4, 2, 8, true), Family::Base);
+  EXPECT_EQ(quantized(cuda, 3, 2, 4, true), Family::Base);
+
+  const auto trellis = [&](const Tuning& tuning, uint32_t tokens, uint32_t top_k, uint32_t experts) {
+    return select_trellis_family(tuning, tokens, uint64_t(tokens) * top_k, experts);
+  };
+  EXPECT_EQ(trellis(cuda, 1, 2, 2), Family::Decode);
+  EXPECT_EQ(trellis(cuda, 2, 2, 8), Family::Decode);
+  EXPECT_EQ(trellis(cuda, 3, 2, 8), Family::Prefill4);
+  EXPECT_EQ(trellis(cuda, 8, 8, 128), Family::Decode);
+  EXPECT_EQ(trellis(cuda, 9, 8, 128), Family::Prefill4);
+
+  for (const char* engine : {"native", "exact", "metal"}) {
+    EXPECT_EQ(quantized(tuning_for(engine), 1, 2, 8, false), Family::Decode) << engine;
+    EXPECT_EQ(quantized(tuning_for(engine), 2, 2, 8, false), Family::Prefill4) << engine;
+    EXPECT_EQ(trellis(tuning_for(engine), 2, 2, 8), Family::Prefill4) << engine;
+  }
+}
+
 TEST(Selection, RowTileFollowsRowsPerExpert) {
   const Tuning tuning;
   const auto row_tile = [&](Family family, uint64_t rows, uint32_t experts) {
