@@ -28,6 +28,7 @@ void set_tuning_table(std::string_view engine_name, const py::list& entries) {
     // Measured thresholds say it all.
     entry.tuning.base_assignments = 0;
     entry.tuning.quantized_decode = entry.tuning.packed_decode = {};
+    entry.tuning.few_rows_are_base = false;
     read_field(fields, "hidden", entry.layer.hidden);
     read_field(fields, "intermediate", entry.layer.intermediate);
     read_field(fields, "experts", entry.layer.experts);

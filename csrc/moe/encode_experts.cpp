@@ -124,7 +124,8 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
                             const SlotsView& ids, const SlotsView& weights, uint32_t top_k) {
   LayerShape shape = layer_shape(x, layer, top_k);
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
-  const Tuning& tuning = engine.tuning(tuned_layer(shape));
+  // Trellis weights are not measured, and other ones say nothing of them.
+  const Tuning& tuning = layer.trellis() ? engine.tuning() : engine.tuning(tuned_layer(shape));
   const uint64_t assignments = uint64_t(shape.tokens) * shape.top_k;
   if (tuning.packed_products) {
     const auto group = [&](uint32_t code) { return code_is_packed(code, x.item_size) ? code_group_size(code) : 0; };

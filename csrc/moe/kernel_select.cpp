@@ -44,10 +44,12 @@ Selection select_quantized(Family family, bool fp32, Bits gate_bits, Bits up_bit
   return {name + "_large_batch", LARGE_BATCH_TILE_N};
 }
 
-/// `family`, or base in place of large_batch where all experts' rows need no larger tiles.
-Family select_few_rows_family(const Tuning& tuning, Family family, uint64_t assignments, uint32_t experts) {
+/// `family` of quantised weights, or base: Tuning::few_rows_are_base.
+Family few_rows_family(const Tuning& tuning, Family family, uint64_t assignments, uint32_t experts) {
   const double rows = tuning.row_tile_per_mean_rows * static_cast<double>(assignments);
-  return family == Family::LargeBatch && rows <= double(BASE_ROW_TILE) * experts ? Family::Base : family;
+  return tuning.few_rows_are_base && family == Family::LargeBatch && rows <= double(BASE_ROW_TILE) * experts
+             ? Family::Base
+             : family;
 }
 
 } // namespace
@@ -68,8 +70,7 @@ Family select_quantized_family(const Tuning& tuning, uint32_t tokens, uint64_t a
                                bool packed) {
   if ((packed ? tuning.packed_decode : tuning.quantized_decode).holds(tokens, assignments, experts))
     return Family::Decode;
-  const Family family = select_family(tuning, tokens, assignments);
-  return tuning.packed_products ? select_few_rows_family(tuning, family, assignments, experts) : family;
+  return few_rows_family(tuning, select_family(tuning, tokens, assignments), assignments, experts);
 }
 
 Family select_trellis_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments, uint32_t experts) {
@@ -77,8 +78,7 @@ Family select_trellis_family(const Tuning& tuning, uint32_t tokens, uint64_t ass
     return Family::Decode;
   if (assignments < uint64_t(tuning.trellis_large_batch_rows) * experts)
     return Family::Prefill4;
-  return tuning.packed_products ? select_few_rows_family(tuning, Family::LargeBatch, assignments, experts)
-                                : Family::LargeBatch;
+  return few_rows_family(tuning, Family::LargeBatch, assignments, experts);
 }
 
 uint32_t select_variant(const Tuning& tuning, Family family, uint64_t routed_rows, uint32_t experts) {

@@ -59,6 +59,7 @@ const Tuning& tuning_for(const std::string& engine) {
                            .quantized_decode = {24, 4.0f},
                            .packed_decode = {3, 0.75f},
                            .trellis_decode = {UINT32_MAX, 0.5f},
+                           .few_rows_are_base = true,
                            .row_tile_per_mean_rows = 1.5f,
                            .largest_row_tile = 128,
                            .trellis_large_batch_rows = 4,

@@ -39,6 +39,8 @@ struct Tuning {
   DecodeLimit quantized_decode = {};
   DecodeLimit packed_decode = {};
   DecodeLimit trellis_decode = {};
+  /// Whether such layers are base instead of large_batch where the rows of experts need no larger tiles than it has.
+  bool few_rows_are_base = false;
   /// Rows of a prefill4 tile.
   uint32_t prefill4_row_tile = PREFILL4_ROW_TILE;
   /// Grouped families find their row tiles in the ids, without `group`, up to so many assignments; 0: never. A lane
@@ -49,8 +51,8 @@ struct Tuning {
   float row_tile_per_mean_rows = 1.0f;
   /// Beyond it a simdgroup has more sums than registers.
   uint32_t largest_row_tile = 64;
-  /// Layers whose weights are all trellis codes are large_batch (with packed products base, where that needs no larger
-  /// tiles) where an expert has as many rows in the mean, otherwise prefill4, where they are not decode.
+  /// Layers whose weights are all trellis codes are large_batch where an expert has as many rows in the mean, otherwise
+  /// prefill4, where they are not decode.
   uint32_t trellis_large_batch_rows = UINT32_MAX;
   /// Rows up to which a small product (csrc/linear) runs in dot products: those that share a weight in registers.
   uint32_t product_gemv_rows = MATMUL_GEMV_ROWS;

@@ -40,6 +40,7 @@ constexpr uint trellis_slices(uint blocks, uint threadgroups) {
   }
   return best;
 }
+
 /// The first of `blocks` blocks that slice s has; slices differ by one block at most.
 constexpr uint trellis_slice(uint s, uint blocks, uint slices) { return s * blocks / slices; }
 
