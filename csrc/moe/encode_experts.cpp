@@ -127,11 +127,12 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
   // Trellis weights are not measured, and other ones say nothing of them.
   const Tuning& tuning = layer.trellis() ? engine.tuning() : engine.tuning(tuned_layer(shape));
   const uint64_t assignments = uint64_t(shape.tokens) * shape.top_k;
+  const auto group = [&](uint32_t code) { return code_is_packed(code, x.item_size) ? code_group_size(code) : 0; };
+  const uint32_t gate_up_group = !shape.gated || layer.gate.code == layer.up.code ? group(layer.gate.code) : 0;
+  const uint32_t down_group = group(layer.down.code);
   if (tuning.packed_products) {
-    const auto group = [&](uint32_t code) { return code_is_packed(code, x.item_size) ? code_group_size(code) : 0; };
-    if (!shape.gated || layer.gate.code == layer.up.code)
-      shape.packed_gate_up_group = group(layer.gate.code);
-    shape.packed_down_group = group(layer.down.code);
+    shape.packed_gate_up_group = gate_up_group;
+    shape.packed_down_group = down_group;
   }
   Family family = select_family(tuning, shape.tokens, assignments);
   if (layer.family)
@@ -139,8 +140,7 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
   else if (layer.trellis())
     family = select_trellis_family(tuning, shape.tokens, assignments, shape.experts);
   else if (shape.quantized_gate_up_bytes && shape.quantized_down_bytes && !shape.trellis)
-    family = select_quantized_family(tuning, shape.tokens, assignments, shape.experts,
-                                     shape.packed_gate_up_group && shape.packed_down_group);
+    family = select_quantized_family(tuning, shape.tokens, assignments, shape.experts, gate_up_group && down_group);
   ExpertsPacking packing{};
   packing.codes = layer.codes();
   if (shape.tokens == 0)

@@ -31,7 +31,7 @@ TunedLayer layer_of_bits(Bits gate_bits, Bits up_bits, Bits down_bits);
 /// Family for `tokens` tokens.
 Family select_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments);
 
-/// The same of a layer whose weights are all quantised, none of them trellis codes. `packed`: by packed products.
+/// The same of a layer whose weights are all quantised, none of them trellis codes. `packed`: all are code_is_packed.
 Family select_quantized_family(const Tuning& tuning, uint32_t tokens, uint64_t assignments, uint32_t experts,
                                bool packed);
 

@@ -34,8 +34,8 @@ struct Tuning {
   /// From two tokens on, layers of at most as many assignments (tokens * top_k) are base whatever the tokens: so few
   /// tiles that smaller ones, of which there are more, fill the cores evenly.
   uint32_t base_assignments = 0;
-  /// Where layers whose weights are all quantised are decode whatever the families' tokens: such layers; those where
-  /// both products are packed (below); those of trellis codes alone.
+  /// Where layers whose weights are all quantised are decode whatever the families' tokens: such layers; those of 4-bit
+  /// affine codes (code_is_packed), which have products of their own; those of trellis codes alone.
   DecodeLimit quantized_decode = {};
   DecodeLimit packed_decode = {};
   DecodeLimit trellis_decode = {};

@@ -165,9 +165,11 @@ TEST(Selection, FewTokensOfQuantizedWeightsAreDecode) {
   EXPECT_EQ(trellis(cuda, 8, 8, 128), Family::Decode);
   EXPECT_EQ(trellis(cuda, 9, 8, 128), Family::Prefill4);
 
+  EXPECT_EQ(quantized(tuning_for("native"), 8, 2, 8, true), Family::Decode);
   for (const char* engine : {"native", "exact", "metal"}) {
     EXPECT_EQ(quantized(tuning_for(engine), 1, 2, 8, false), Family::Decode) << engine;
     EXPECT_EQ(quantized(tuning_for(engine), 2, 2, 8, false), Family::Prefill4) << engine;
+    EXPECT_EQ(quantized(tuning_for(engine), 9, 2, 8, true), Family::Prefill4) << engine;
     EXPECT_EQ(trellis(tuning_for(engine), 2, 2, 8), Family::Prefill4) << engine;
   }
 }
