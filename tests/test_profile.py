@@ -179,7 +179,9 @@ def test_command(capsys, format):
     assert [row["tokens"] for row in result["results"]] == [1, 5]
     for row in result["results"]:
         few = ENGINES[0] != "native"  # five tokens have few assignments: no `group`
-        assert len(row["kernels"]) == (3 if row["tokens"] == 1 else 5 - few) == row["dispatches"]
+        decode = row["family"].startswith("moe_decode")
+        assert len(row["kernels"]) == (3 if decode else 5 - few) == row["dispatches"]
+        assert decode or row["tokens"] > 1
         assert row["kernels"][0]["kernel"] == "route"
         products = [kernel["kernel"] for kernel in row["kernels"] if kernel["kernel"].startswith(("gate_up", "down"))]
         assert len(products) == 2 and all(("quantized" in name) == bool(format) for name in products)

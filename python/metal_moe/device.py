@@ -127,8 +127,9 @@ def last_dispatch() -> dict:
 
 def set_specialization(enabled: bool) -> None:
     """Whether quantised layers whose experts are all stored alike get kernels compiled for just that (the default), or
-    the kernels that serve every format, which give the same results. For comparing the two; METAL_MOE_SPECIALIZE=0 in
-    the environment does the same from the start. Concerns all threads and devices, from their next call.
+    the kernels that serve every format, which give the same results, to rounding: for some layers another family is
+    then the faster one. For comparing the two; METAL_MOE_SPECIALIZE=0 in the environment does the same from the start.
+    Concerns all threads and devices, from their next call.
 
     Raises:
         TypeError: not a bool.
