@@ -102,7 +102,7 @@ def test_quantised_weights_are_measured_with_the_generic_kernels_too(quick, caps
     result = json.loads(path.read_text())
     for row in result["results"]:
         family = row["family"].removeprefix("moe_").removeprefix("base_")
-        family = "decode" if family.startswith("decode") else family
+        family = "decode" if row["tokens"] == 1 or family.startswith("decode") else family
         assert row["specialization"] == f"moe_affine_swiglu_{family}_4_4_4"
         ours, generic = row["seconds"]["metal_moe"], row["seconds"]["metal_moe_generic"]
         assert row["ratios"]["metal_moe_generic"] == pytest.approx(generic / ours)

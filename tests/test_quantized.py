@@ -14,7 +14,7 @@ AFFINE = [
     {"format": "affine", "bits": bits, "group_size": group} for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)
 ]
 FORMATS = [*AFFINE, {"format": "mxfp4"}, {"format": "mxfp8"}, {"format": "nvfp4"}, {"format": "dense"}]
-TOKENS = {"moe_decode": 2, "moe_prefill4": 7, "moe_base": 9, "moe_large_batch": 20, "moe_simd": 20}
+TOKENS = {"moe_decode": 1, "moe_prefill4": 7, "moe_base": 9, "moe_large_batch": 20, "moe_simd": 20}
 # hidden, intermediate, bits: no multiples of a stage or of what a simdgroup takes at a time, some beyond it.
 SIZES = {"native": [(32, 32, 4), (96, 32, 3), (160, 96, 5), (1056, 64, 4), (64, 1088, 6)]}
 SIZES["exact"] = SIZES["cuda"] = [(32, 32, 4), (96, 32, 3), (1056, 32, 4), (32, 1056, 6)]
@@ -174,6 +174,15 @@ def test_shared_experts(use_engine, engine, family, kind):
         assignments = TOKENS[family] * (layer.topk_ids.shape[1] + 2)
         assert ran["dispatches"] == dispatches(engine, family, assignments, ran["row_tile"])
         assert ran["family"] == family + "_fp32acc"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", SHARED)
+def test_decode_of_several_tokens_with_shared_experts(use_engine, engine, kind):
+    use_engine(engine)
+    layer, w1, w2 = shared_layer(kind, 2, torch.float32, shared_weights=True, bias=True, routing="dropped")
+    check(layer, w1, w2, kernel="moe_decode")
+    assert metal_moe.last_dispatch()["family"] == "moe_decode_fp32acc"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
