@@ -78,14 +78,16 @@ inline bool multiply_packed_tile(thread const Source& rows, uint count,
           wait_for_previous_kernel();
           let_next_kernel_start();
         });
-    product.gather(memory, simdgroup, lane);
+    product.gather(memory, count, simdgroup, lane);
     // Pairs of neighbouring columns.
     for (uint e = simdgroup * SIMD_WIDTH + lane; e < count * (COLUMNS / 2); e += GEMM_LANE_SIMDGROUPS * SIMD_WIDTH) {
       const uint row = e / (COLUMNS / 2), column = e % (COLUMNS / 2) * 2;
       float sums[MATRICES][2];
-      for (uint m = 0; m < MATRICES; ++m)
-        for (uint i = 0; i < 2; ++i)
-          sums[m][i] = Product::at(memory, row, m, column + i);
+      UNROLL
+      for (uint m = 0; m < MATRICES; ++m) {
+        const auto pair = Product::pair_at(memory, row, m, column);
+        sums[m][0] = pair.x, sums[m][1] = pair.y;
+      }
       store(row, column, sums);
     }
     return true;

@@ -25,7 +25,7 @@ struct TileRows {
   bool from_ids() thread const { return READS_IDS && args.tiles_from_ids; }
   /// Row `row` of the tile is row first + offset(row) of h and of y. Not a choice between two ways: it would cost
   /// registers.
-  uint offset(uint row) thread const { return READS_IDS ? nth_lane(lanes, row) : row; }
+  uint offset(uint row) thread const { return from_ids() ? nth_lane(lanes, row) : row; }
 };
 
 /// Tile `tile`, from `tiles` or from `ids`. All lanes of a simdgroup take part.

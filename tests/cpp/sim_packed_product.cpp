@@ -175,20 +175,20 @@ void multiply_signed_bytes(uint32_t (&sum)[4], const uint32_t (&a)[4], uint32_t 
   multiply_add_signed_bytes(sum, a, b0, b1);
 }
 
-/// mma.m16n8k4 of tf32, whose operands lose the low 13 bits: lane 4g + t holds of the first factor rows g and g + 8 at
-/// k = t, of the second column g.
-void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) {
-  Warp& warp = *block->warps[own_warp];
-  std::copy(std::begin(a), std::end(a), warp.a[own_lane]);
-  warp.b[own_lane][0] = b;
-  warp.barrier.arrive_and_wait();
-  const auto tf32 = [](uint32_t word) { return std::bit_cast<float>(word & 0xFFFFE000u); };
-  for (uint e = 0; e < 4; ++e) {
-    const uint row = own_lane / 4 + e / 2 * 8, column = own_lane % 4 * 2 + e % 2;
-    for (uint t = 0; t < 4; ++t)
-      sum[e] += tf32(warp.a[row % 8 * 4 + t][row / 8]) * tf32(warp.b[column * 4 + t][0]);
-  }
-  warp.barrier.arrive_and_wait();
+/// mma.m16n8k8 of tf32, whose operands lose the low 13 bits: lane 4g + t holds of the first factor rows g and g + 8 at
+/// k = t and again at t + 4, of the second column g at both.
+void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[2], uint32_t b, uint32_t c) {
+  multiply_add_words(sum, {a[0], a[1], a[0], a[1]}, b, c, [](float& to, uint32_t x, uint32_t y) {
+    const auto tf32 = [](uint32_t word) { return std::bit_cast<float>(word & 0xFFFFE000u); };
+    to += tf32(x) * tf32(y);
+  });
+}
+
+uint32_t multiply_bfloats(uint32_t a, uint32_t b) {
+  uint32_t product = 0;
+  for (uint i = 0; i < 2; ++i) // exact where one is a power of two
+    product |= std::bit_cast<uint32_t>(element<bfloat>(a, i) * element<bfloat>(b, i)) >> 16 << 16 * i;
+  return product;
 }
 
 } // namespace metal_sim
@@ -304,9 +304,11 @@ double error_of(uint rows, uint K, uint count, uint first_row) {
     const auto x_row = [&](uint row) { return inputs.x_row(row); };
     product.template multiply_add_all<(MATRICES == 1)>(memory, inputs.matrices, first_row, rows - 1, x_row, count, K,
                                                        warp, lane, [] {});
-    product.gather(memory, warp, lane);
-    for (uint e = thread; e < sums.size(); e += WARPS * SIMD_WIDTH)
-      sums[e] = Product::at(memory, e / (MATRICES * COLUMNS), e / COLUMNS % MATRICES, e % COLUMNS);
+    product.gather(memory, count, warp, lane);
+    for (uint e = 2 * thread; e < sums.size(); e += 2 * WARPS * SIMD_WIDTH) {
+      const float2 pair = Product::pair_at(memory, e / (MATRICES * COLUMNS), e / COLUMNS % MATRICES, e % COLUMNS);
+      sums[e] = pair.x, sums[e + 1] = pair.y;
+    }
   });
   return inputs.error_of(sums, COLUMNS, first_row);
 }
@@ -420,6 +422,8 @@ TEST(PackedProduct, TilesOfRows) {
   EXPECT_LT((error_of<bfloat, 128, bfloat, 2, 32, 8>(64, 256, 3, 32)), ROUNDING);
   EXPECT_LT((error_of<bfloat, 64, bfloat, 2, 64, 16>(96, 2176, 11, 0)), ROUNDING);
   EXPECT_LT((error_of<bfloat, 64, bfloat, 2, 64, 16>(64, 1152, 8, 0)), ROUNDING);
+  EXPECT_LT((error_of<bfloat, 64, bfloat, 1, 128, 16>(128, 2240, 12, 0)), ROUNDING);
+  EXPECT_LT((error_of<half, 64, half, 2, 64, 16>(64, 1216, 14, 0)), ROUNDING);
   EXPECT_LT((error_of<bfloat, 64, bfloat, 2, 32, 8, 2>(96, 768, 7, 0)), ROUNDING);
   EXPECT_LT((error_of<half, 32, half, 1, 64, 16, 2>(80, 1056, 16, 0)), ROUNDING);
 }

@@ -10,8 +10,9 @@
 //
 //   sum of (s * code + b) * x = s * fragment + b * total of x - s * OFFSET * total of x
 //
-// The totals come from a product with ones, and of what they are multiplied by tensor cores make the sum as well:
-// scales and biases as they are stored are tf32 numbers, a total is the sum of two. Sums are fp32.
+// Tensor cores make the totals, of x as the first factor and ones, and the products with them as well: a bf16 scale is
+// an operand as it is stored, and a total the sum of three; an fp16 scale is a tf32 number, a total the sum of two.
+// Sums are fp32.
 //
 // Warps take slabs of K in turn, each with slabs of its own in shared memory: one that is multiplied, others on their
 // way; warps with other rows of weights and the same K share rows of x. Scales are fetched for several slabs of all
@@ -29,6 +30,7 @@ struct PackedCodes;
 template <>
 struct PackedCodes<half> {
   static constexpr float OFFSET = 64.0f;
+  static constexpr uint32_t NEGATIVE_OFFSETS = 0xC280C280u; // two of -OFFSET, bf16
   static constexpr uint32_t ONES = 0x3C003C00u;
   uint32_t mask = __activemask() & 0x00F000F0u; // all lanes take part, which the compiler does not know
 
@@ -40,6 +42,7 @@ struct PackedCodes<half> {
 template <>
 struct PackedCodes<bfloat> {
   static constexpr float OFFSET = 128.0f;
+  static constexpr uint32_t NEGATIVE_OFFSETS = 0xC300C300u;
   static constexpr uint32_t ONES = 0x3F803F80u;
   uint32_t mask = __activemask() & 0x000F000Fu;
 
@@ -69,6 +72,11 @@ struct PackedProduct
   static constexpr uint BYTES = COPY_BYTES > SUM_BYTES ? COPY_BYTES : SUM_BYTES;
   static_assert(sizeof(T) == 2 && X_ROWS % 8 == 0);
   static_assert(CHUNK_STEPS > 1, "a chunk's place is free again when all warps use the next one");
+
+  /// Whether the next slab's codes are copied in among a slab's products, to the rows of so many fragments at a time,
+  /// and not behind them, where each copy waits for the one before it. The smaller forms have no registers for it.
+  static constexpr bool REFILLS = FRAGMENTS >= 8 && COLUMN_FRAGMENTS > 1;
+  static constexpr uint REFILL_FRAGMENTS = 2;
 
   float sum[FRAGMENTS][COLUMN_FRAGMENTS][4];
 
@@ -113,11 +121,14 @@ struct PackedProduct
   }
 
   /// sum += the products of a slab and rows of x that have arrived, of USED fragments of them. `at`: where in rows of
-  /// `scales` those of the slab begin.
-  template <uint USED = COLUMN_FRAGMENTS>
-  METAL_FUNC void multiply_add(const uchar* slab, const uchar* x_rows, const uchar* scales, uint at, uint lane) {
+  /// `scales` those of the slab begin. refill(f): the codes of fragments f to f + REFILL_FRAGMENTS - 1 have been read,
+  /// by all lanes, since their products have begun.
+  template <uint USED = COLUMN_FRAGMENTS, typename Refill>
+  METAL_FUNC void multiply_add(const uchar* slab, const uchar* x_rows, const uchar* scales, uint at,
+                               const Refill& refill, uint lane) {
     // Fragments whose products take turns: each waits for the one before it.
     constexpr uint TOGETHER = USED == 1 && FRAGMENTS % 2 == 0 ? 2 : 1;
+    static_assert(REFILL_FRAGMENTS % TOGETHER == 0);
     const uint g = lane / 4, t = lane % 4;
     const uchar* own_x = x_rows + g * X_BYTES;
     const uint own_x_piece = t * WORDS ^ x_swizzle(g);
@@ -125,14 +136,15 @@ struct PackedProduct
     const uchar* own_scales = scales + g * SCALE_ROW + scale_place(g, at);
     const uint own_place = swizzle(g) * 16;
     const PackedCodes<T> decoded;
-    const uint32_t one = __activemask() & PackedCodes<T>::ONES, ones[4] = {one, one, one, one};
-    float total[GROUPS][USED][4];       // elements 0 and 1: of rows 2t and 2t + 1 of x
+    const uint32_t one = __activemask() & PackedCodes<T>::ONES;
+    float total[GROUPS][USED];          // of row g of each fragment of x
     uint32_t scale_words[FRAGMENTS][2]; // rows g and g + 8; scales of two groups
 #pragma unroll
     for (uint group = 0; group < GROUPS; ++group) {
       uint32_t x[USED][WORDS][4];
 #pragma unroll
-      for (uint n = 0; n < USED; ++n)
+      for (uint n = 0; n < USED; ++n) {
+        float halves[4]; // of row g's total, in elements 0 and 2
 #pragma unroll
         for (uint w = 0; w < WORDS; ++w) {
           const uint piece = own_x_piece ^ (group * 4 * WORDS + w);
@@ -141,12 +153,14 @@ struct PackedProduct
           x[n][w][1] = __byte_perm(eight.x, eight.z, 0x7632);
           x[n][w][2] = __byte_perm(eight.y, eight.w, 0x5410);
           x[n][w][3] = __byte_perm(eight.y, eight.w, 0x7632);
+          // As a first factor its rows g and g + 8 are halves of row g of x.
           if (w == 0)
-            multiply_fragments(T{}, total[group][n], ones, x[n][w][0], x[n][w][1]);
+            multiply_fragments(T{}, halves, {eight.x, eight.y, eight.z, eight.w}, one, one);
           else
-            multiply_add_fragments(T{}, total[group][n], ones, x[n][w][0], x[n][w][1]);
-          multiply_add_fragments(T{}, total[group][n], ones, x[n][w][2], x[n][w][3]);
+            multiply_add_fragments(T{}, halves, {eight.x, eight.y, eight.z, eight.w}, one, one);
         }
+        total[group][n] = halves[0] + halves[2];
+      }
       // A group's pieces stand together, wherever the swizzle puts them.
       const uchar* codes = own_codes + (group * (WORDS * 16) ^ own_place);
 #pragma unroll
@@ -190,34 +204,45 @@ struct PackedProduct
                 to = fmaf(scale, part[i][n][2 * half_row + e], to);
               }
           }
+        if (group == GROUPS - 1 && (first + TOGETHER) % REFILL_FRAGMENTS == 0)
+          refill(first + TOGETHER - REFILL_FRAGMENTS);
       }
     }
+    if (USED > 1 && N_WARPS > 1)
+      __syncwarp(); // for the compiler, which else mixes what follows into the above and has no registers for that
     add_offsets(scales, at, total, lane);
   }
 
-  /// Puts the sums of all warps where `at` finds them. All threads take part; slabs are no longer needed.
-  METAL_FUNC void gather(uchar* memory, uint warp, uint lane) const {
+  /// Puts the sums of all warps, of `count` rows of x, where `pair_at` finds them. All threads take part; slabs are no
+  /// longer needed.
+  METAL_FUNC void gather(uchar* memory, uint count, uint warp, uint lane) const {
     __syncthreads();
-    float* own = reinterpret_cast<float*>(memory) + warp * SUMS;
-    const uint g = lane / 4, t = lane % 4;
+    // To a pointer, what differs between stores is added as a constant; an index would be computed for each.
+    float* own = reinterpret_cast<float*>(memory) + (warp * SUMS + lane % 4 * 2 * SUM_STRIDE + lane / 4);
 #pragma unroll
-    for (uint f = 0; f < FRAGMENTS; ++f)
+    for (uint n = 0; n < COLUMN_FRAGMENTS; ++n) {
+      if (8 * n >= count)
+        break;
 #pragma unroll
-      for (uint n = 0; n < COLUMN_FRAGMENTS; ++n)
+      for (uint f = 0; f < FRAGMENTS; ++f)
 #pragma unroll
         for (uint e = 0; e < 4; ++e)
-          own[(8 * n + 2 * t + e % 2) * SUM_STRIDE + f * 16 + g + e / 2 * 8] = sum[f][n][e];
+          own[(8 * n + e % 2) * SUM_STRIDE + f * 16 + e / 2 * 8] = sum[f][n][e];
+    }
     __syncthreads();
   }
 
-  /// The sum of row `row` of x and weight row `weight_row` of `matrix`, of all warps' rows, after `gather`.
-  METAL_FUNC static float at(const uchar* memory, uint row, uint matrix, uint weight_row) {
-    const float* from = reinterpret_cast<const float*>(memory) + weight_row / WEIGHT_ROWS * (K_WARPS * SUMS) +
-                        row * SUM_STRIDE + matrix * WEIGHT_ROWS + weight_row % WEIGHT_ROWS;
-    float total = from[0];
+  /// The sums of row `row` of x and weight rows weight_row, which is even, and weight_row + 1 of `matrix`, of all
+  /// warps' rows, after `gather`.
+  METAL_FUNC static float2 pair_at(const uchar* memory, uint row, uint matrix, uint weight_row) {
+    const float* from = reinterpret_cast<const float*>(memory) +
+                        (weight_row / WEIGHT_ROWS * (K_WARPS * SUMS) + row * SUM_STRIDE + weight_row % WEIGHT_ROWS);
+    float2 total{0.0f, 0.0f};
 #pragma unroll
-    for (uint warp = 1; warp < K_WARPS; ++warp)
-      total += from[warp * SUMS];
+    for (uint warp = 0; warp < K_WARPS; ++warp) {
+      const float2 part = *reinterpret_cast<const float2*>(from + warp * SUMS + matrix * WEIGHT_ROWS);
+      total.x += part.x, total.y += part.y;
+    }
     return total;
   }
 
@@ -239,9 +264,9 @@ struct PackedProduct
       const uint place = warp / K_WARPS * 2 + step / CHUNK_STEPS % 2;
       return memory + CHUNKS_AT + place * (ROWS * SCALE_ROW);
     };
-    const auto start_weights = [&](uint step) {
+    const auto start_weights = [&](uint step, bool codes) {
       const uint index = k_warp + step * K_WARPS;
-      if (index < slabs)
+      if (codes && index < slabs)
         Slab::copy_codes(slab(step), matrices, first_row, last_row, index * SLAB, K, lane);
       if (step % CHUNK_STEPS == 0)
         Slab::template copy_scales<K_WARPS * SIMD_WIDTH>(chunk(step), matrices, first_row, last_row,
@@ -252,32 +277,38 @@ struct PackedProduct
       if (index < slabs)
         copy_rows(rows(step), own_x, index * SLAB, K, x_lane);
     };
-    const auto use = [&](uint step) {
+    const auto use = [&](uint step, const auto& refill) {
       if (step % CHUNK_STEPS == 0)
         __syncthreads();
       if (k_warp + step * K_WARPS >= slabs)
         return;
       const uint at = (step % CHUNK_STEPS * K_WARPS + k_warp) * SCALE_BYTES;
       if (COLUMN_FRAGMENTS > 1 && count <= 8) // one fragment has them
-        multiply_add<1>(slab(step), rows(step), chunk(step), at, lane);
+        multiply_add<1>(slab(step), rows(step), chunk(step), at, refill, lane);
       else
-        multiply_add(slab(step), rows(step), chunk(step), at, lane);
+        multiply_add(slab(step), rows(step), chunk(step), at, refill, lane);
     };
     if constexpr (WAITS) {
       for (uint step = 0; step < min(steps, STAGES); ++step)
-        start_weights(step);
+        start_weights(step, true);
       wait();
     }
     for (uint step = 0; step < steps + STAGES; ++step) {
+      typename Slab::CodeCopies codes{matrices};
       if (step >= STAGES) {
         copy_wait_own<STAGES - 1>();
         meet(warp);
-        use(step - STAGES);
+        if (REFILLS && step < steps)
+          codes.prepare(slab(step), first_row, last_row, (k_warp + step * K_WARPS) * SLAB, K, lane);
+        use(step - STAGES, [&](uint fragment) {
+          if constexpr (REFILLS)
+            codes.template start<REFILL_FRAGMENTS * 16>(fragment * 16);
+        });
         meet(warp);
       }
       if (step < steps) {
         if (!WAITS || step >= STAGES)
-          start_weights(step);
+          start_weights(step, !codes.wanted);
         start_rows(step);
       }
       copy_commit(); // also of nothing: the wait counts groups
@@ -315,46 +346,76 @@ private:
     }
   }
 
-  /// sum += the products of scales and biases with totals, of all groups of a slab: by two a tf32 product over scales,
-  /// then biases of both groups, with the totals' high parts, and another with what those leave.
+  /// sum += the products of scales and biases with totals, of all groups of a slab, two groups at a time.
   template <uint USED>
-  METAL_FUNC void add_offsets(const uchar* scales, uint at, const float (&total)[GROUPS][USED][4], uint lane) {
-    const uint g = lane / 4, t = lane % 4, second = GROUPS > 1 ? t % 2 : 0;
-    const uchar* own = scales + g * SCALE_ROW + scale_place(g, t / 2 * CHUNK_BYTES + at) + second * 2;
-    // The second factor's element is of row g of x and group t % 2. All lanes of a t hold the same totals: each gives
-    // what its g says, of rows its bit 0, of groups its bit 1.
-    const uint from_lane = (t % 2 * 2 + g % 2) * 4 + g / 2;
+  METAL_FUNC void add_offsets(const uchar* scales, uint at, const float (&total)[GROUPS][USED], uint lane) {
 #pragma unroll
     for (uint group = 0; group < GROUPS; group += 2) {
-      uint32_t high[USED], low[USED];
+      if constexpr (!FP16_SCALES)
+        add_bfloat_offsets(scales, at, group, total, lane);
+      else
+        add_tf32_offsets(scales, at, group, total, lane);
+    }
+  }
+
+  /// In bf16. K of lanes t: scales of both groups, then their biases, as they are stored; with totals' part t of three.
+  template <uint USED>
+  METAL_FUNC void add_bfloat_offsets(const uchar* scales, uint at, uint group, const float (&total)[GROUPS][USED],
+                                     uint lane) {
+    const uint g = lane / 4, t = lane % 4;
+    const uchar* own_scales = scales + g * SCALE_ROW + scale_place(g, at) + group * 2;
+    const uchar* own_biases = scales + g * SCALE_ROW + scale_place(g, CHUNK_BYTES + at) + group * 2;
+    uint32_t of_scales[USED], of_biases[USED];
 #pragma unroll
-      for (uint n = 0; n < USED; ++n) {
-        const float (&first)[4] = total[group][n];
-        float value = g % 2 ? first[1] : first[0];
-        if constexpr (GROUPS > 1) {
-          const float (&other)[4] = total[group + 1][n];
-          value = g / 2 % 2 ? (g % 2 ? other[1] : other[0]) : value;
-        } else {
-          value = g / 2 % 2 ? 0.0f : value;
-        }
-        value = __shfl_sync(~0u, value, from_lane) * (t < 2 ? -PackedCodes<T>::OFFSET : 1.0f);
-        high[n] = __builtin_bit_cast(uint32_t, value) & 0xFFFFE000u;
-        low[n] = __builtin_bit_cast(uint32_t, value - __builtin_bit_cast(float, high[n]));
+    for (uint n = 0; n < USED; ++n) {
+      float rest[2] = {total[group][n], GROUPS > 1 ? total[group + (GROUPS > 1)][n] : 0.0f};
+      uint32_t own = 0; // of lanes t = 3
+#pragma unroll
+      for (uint part = 0; part < 3; ++part) {
+        const auto first = __builtin_bit_cast(uint32_t, rest[0]), second = __builtin_bit_cast(uint32_t, rest[1]);
+        own = t == part ? __byte_perm(first, second, 0x7632) : own;
+        rest[0] -= __builtin_bit_cast(float, first & 0xFFFF0000u);
+        rest[1] -= __builtin_bit_cast(float, second & 0xFFFF0000u);
+      }
+      of_biases[n] = own;
+      of_scales[n] = multiply_bfloats(own, PackedCodes<T>::NEGATIVE_OFFSETS);
+    }
+#pragma unroll
+    for (uint f = 0; f < FRAGMENTS; ++f) {
+      const uint32_t a[4] = {
+          load_scale_word(own_scales + f * 16 * SCALE_ROW), load_scale_word(own_scales + (f * 16 + 8) * SCALE_ROW),
+          load_scale_word(own_biases + f * 16 * SCALE_ROW), load_scale_word(own_biases + (f * 16 + 8) * SCALE_ROW)};
+#pragma unroll
+      for (uint n = 0; n < USED; ++n)
+        multiply_add_fragments(bfloat{}, sum[f][n], a, of_scales[n], of_biases[n]);
+    }
+  }
+
+  /// In tf32. K: scales of both groups, then their biases, with totals' high parts; again with what those leave.
+  template <uint USED>
+  METAL_FUNC void add_tf32_offsets(const uchar* scales, uint at, uint group, const float (&total)[GROUPS][USED],
+                                   uint lane) {
+    const uint g = lane / 4, t = lane % 4, second = GROUPS > 1 ? t % 2 : 0;
+    const uchar* own = scales + g * SCALE_ROW + scale_place(g, t / 2 * CHUNK_BYTES + at) + (group + second) * 2;
+    uint32_t high[USED], low[USED];
+#pragma unroll
+    for (uint n = 0; n < USED; ++n) {
+      const float other = GROUPS > 1 ? total[group + (GROUPS > 1)][n] : 0.0f;
+      const float value = (t % 2 ? other : total[group][n]) * (t < 2 ? -PackedCodes<T>::OFFSET : 1.0f);
+      high[n] = __builtin_bit_cast(uint32_t, value) & 0xFFFFE000u;
+      low[n] = __builtin_bit_cast(uint32_t, value - __builtin_bit_cast(float, high[n]));
+    }
+#pragma unroll
+    for (uint f = 0; f < FRAGMENTS; ++f) {
+      uint32_t half_rows[2];
+#pragma unroll
+      for (uint half_row = 0; half_row < 2; ++half_row) {
+        const uchar* from = own + (f * 16 + half_row * 8) * SCALE_ROW;
+        half_rows[half_row] = __builtin_bit_cast(uint32_t, scale_of(*reinterpret_cast<const uint16_t*>(from), 0));
       }
 #pragma unroll
-      for (uint f = 0; f < FRAGMENTS; ++f) {
-        uint32_t half_rows[2];
-#pragma unroll
-        for (uint half_row = 0; half_row < 2; ++half_row) {
-          const uchar* from = own + (f * 16 + half_row * 8) * SCALE_ROW + group * 2;
-          half_rows[half_row] = __builtin_bit_cast(uint32_t, scale_of(*reinterpret_cast<const uint16_t*>(from), 0));
-        }
-#pragma unroll
-        for (uint n = 0; n < USED; ++n) {
-          multiply_add_tf32(sum[f][n], half_rows, high[n]);
-          multiply_add_tf32(sum[f][n], half_rows, low[n]);
-        }
-      }
+      for (uint n = 0; n < USED; ++n)
+        multiply_add_tf32(sum[f][n], half_rows, high[n], low[n]);
     }
   }
 };

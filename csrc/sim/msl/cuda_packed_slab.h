@@ -34,7 +34,8 @@ struct PackedSlab {
   static constexpr uint PIECES = SLAB / PIECE_CODES; // of a row
   static constexpr uint WORDS = GROUP / PIECE_CODES; // of a lane, of a row of a group; also a group's pieces
   static constexpr uint GROUPS = SLAB / GROUP;
-  static constexpr uint LINE_ROWS = 8 / PIECES; // of all banks
+  static constexpr uint LINE_ROWS = 8 / PIECES;             // of all banks
+  static constexpr uint ROWS_AT_ONCE = SIMD_WIDTH / PIECES; // of a warp's copy: its places repeat after as many
   static constexpr uint ROW_BYTES = SLAB / 2, CODE_BYTES = ROWS * ROW_BYTES;
   static constexpr uint SCALE_ROW = 2 * CHUNK_BYTES; // its scales, then its biases
   static_assert(PIECES >= WORDS && 8 % PIECES == 0 && WEIGHT_ROWS % 16 == 0);
@@ -48,6 +49,34 @@ struct PackedSlab {
     else
       copy_code_pieces<false>(slab, matrices, first_row, last_row, first, K, lane);
   }
+
+  /// Copies of a slab's codes that are started a few rows at a time.
+  struct CodeCopies {
+    const PackedMatrix (&matrices)[MATRICES];
+    bool wanted = false;
+    const uchar* from[MATRICES]; // of a lane, of the first rows
+    uchar* to;
+
+    /// For what copy_codes copies, if all rows and columns are there; else `wanted` is false, and nothing is copied.
+    METAL_FUNC void prepare(uchar* slab, uint first_row, uint last_row, uint first, uint K, uint lane) {
+      const uint piece = lane % PIECES, row = lane / PIECES;
+      wanted = first + SLAB <= K && first_row + WEIGHT_ROWS <= last_row + 1;
+#pragma unroll
+      for (uint m = 0; m < MATRICES; ++m)
+        from[m] =
+            matrices[m].codes + size_t(first_row + row) * matrices[m].codes_stride + (first + piece * PIECE_CODES) / 2;
+      to = slab + row * ROW_BYTES + (piece ^ swizzle(row)) * 16;
+    }
+    /// Starts those of COUNT rows from `row` on, all of one matrix, multiples of 16.
+    template <uint COUNT>
+    METAL_FUNC void start(uint row) const {
+      const uint m = row / WEIGHT_ROWS;
+#pragma unroll
+      for (uint at = 0; at < COUNT; at += ROWS_AT_ONCE)
+        copy_async_at<0, 0>(to + (row + at) * ROW_BYTES,
+                            from[m] + size_t(row % WEIGHT_ROWS + at) * matrices[m].codes_stride, wanted);
+    }
+  };
 
   /// Starts copying the scales and biases of a chunk of columns that begins with `first`, by THREADS threads. What is
   /// beyond K is zeros.

@@ -92,11 +92,20 @@ METAL_SIM_FIRST_MMA(half, "f16")
 METAL_SIM_FIRST_MMA(bfloat, "bf16")
 #undef METAL_SIM_FIRST_MMA
 
-/// sum += a b in tf32, four of K: lane (g, t) holds of the first factor rows g and g + 8 at t, of the second column g.
-METAL_FUNC void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[2], uint32_t b) {
-  asm volatile("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+/// sum += a (b + c) in tf32, four of K: lane (g, t) holds of the first factor rows g and g + 8 at t, of the second
+/// factors column g.
+METAL_FUNC void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[2], uint32_t b, uint32_t c) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %4, %5}, {%6, %7}, "
+               "{%0, %1, %2, %3};"
                : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-               : "r"(a[0]), "r"(a[1]), "r"(b));
+               : "r"(a[0]), "r"(a[1]), "r"(b), "r"(c));
+}
+
+/// The products of two pairs.
+METAL_FUNC uint32_t multiply_bfloats(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u)); // -0
+  return product;
 }
 
 /// sum = base + a b, bytes of a without signs and of b with them: 16 rows, 32 columns of a, 8 columns of b.

@@ -60,10 +60,18 @@ struct bfloat {
   uint16_t bits;
 
   bfloat() = default;
-  METAL_FUNC constexpr bfloat(float value) : bits(round(__builtin_bit_cast(uint32_t, value))) {}
+  METAL_FUNC constexpr bfloat(float value) : bits(round(value)) {}
   METAL_FUNC constexpr operator float() const { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
 
-  METAL_FUNC static constexpr uint16_t round(uint32_t word) {
+  METAL_FUNC static constexpr uint16_t round(float value) {
+#ifdef METAL_SIM_CUDA
+    if (!__builtin_is_constant_evaluated()) {
+      uint16_t rounded = 0;
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+      return rounded;
+    }
+#endif
+    const auto word = __builtin_bit_cast(uint32_t, value);
     const uint32_t rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
     const uint32_t quiet = (word >> 16) | 0x40u;
     return uint16_t((word & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded);
