@@ -23,8 +23,7 @@ struct TileRows {
   uint lanes;  // the rows from there on, as bits: with tiles_from_ids assignments, else consecutive ones
 
   bool from_ids() thread const { return READS_IDS && args.tiles_from_ids; }
-  /// Row `row` of the tile is row first + offset(row) of h and of y. Not a choice between two ways: it would cost
-  /// registers.
+  /// Row `row` of the tile is row first + offset(row) of h and of y.
   uint offset(uint row) thread const { return from_ids() ? nth_lane(lanes, row) : row; }
 };
 
