@@ -134,13 +134,16 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
     shape.packed_gate_up_group = gate_up_group;
     shape.packed_down_group = down_group;
   }
-  Family family = select_family(tuning, shape.tokens, assignments);
-  if (layer.family)
-    family = requested_family(layer, shape, fp32_accumulation);
-  else if (layer.trellis())
-    family = select_trellis_family(tuning, shape.tokens, assignments, shape.experts);
-  else if (shape.quantized_gate_up_bytes && shape.quantized_down_bytes && !shape.trellis)
-    family = select_quantized_family(tuning, shape.tokens, assignments, shape.experts, gate_up_group && down_group);
+  const auto select = [&] {
+    if (layer.family)
+      return requested_family(layer, shape, fp32_accumulation);
+    if (layer.trellis())
+      return select_trellis_family(tuning, shape.tokens, assignments, shape.experts);
+    if (shape.quantized_gate_up_bytes && shape.quantized_down_bytes && !shape.trellis)
+      return select_quantized_family(tuning, shape.tokens, assignments, shape.experts, gate_up_group && down_group);
+    return select_family(tuning, shape.tokens, assignments);
+  };
+  const Family family = select();
   ExpertsPacking packing{};
   packing.codes = layer.codes();
   if (shape.tokens == 0)

@@ -118,7 +118,7 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
       const auto sizes = [&](bool whole) {
         return packed_gate_up(shape.packed_gate_up_group, shape.gated ? 2 : 1, whole);
       };
-      whole_rows = short_gate_up && rows * ceil_div(widest, sizes(true).columns) <= PACKED_CORES &&
+      whole_rows = short_gate_up && rows * ceil_div(widest, sizes(true).columns) <= LARGE_GPU_CORES &&
                    sizes(true).bytes + down.bytes <= 2 * tuning.threadgroup_bytes;
       const PackedGateUp gate_up = sizes(whole_rows);
       plan.gate_up_simdgroups = gate_up.simdgroups;

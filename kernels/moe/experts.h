@@ -20,9 +20,11 @@ SHARED_CONSTANT uint GEMV_SIMDGROUPS = 4;
 /// registers for the sums of four rows (H200, 16 tokens of Qwen3: gate_up 130 us with 2 and 137 with 4 columns, down
 /// 80, 72 and 67 with 2, 4 and 8).
 SHARED_CONSTANT uint GATE_UP_COLUMNS = 2;
-/// Threadgroups of gate_up for one token that a large GPU runs at a time: 6 on each of 132 cores. Only where there are
-/// no more does `down` start early: beside ones that are still to come it would be in their way.
-SHARED_CONSTANT uint GATE_UP_RESIDENT_THREADGROUPS = 792;
+/// Cores of a large GPU (H200), for which numbers of threadgroups are chosen.
+SHARED_CONSTANT uint LARGE_GPU_CORES = 132;
+/// Threadgroups of gate_up for one token that it runs at a time. Only where there are no more does `down` start early:
+/// beside ones that are still to come it would be in their way.
+SHARED_CONSTANT uint GATE_UP_RESIDENT_THREADGROUPS = 6 * LARGE_GPU_CORES;
 SHARED_CONSTANT uint DOWN_PREFILL4_COLUMNS = 8;
 /// decode's down on a GPU: columns of a threadgroup, and the simdgroups that share K of all slots of a token (H200, one
 /// token of Qwen3: 9.3 us; 8 columns and 8 simdgroups 10.8, 4 and 16 15.1).
@@ -96,9 +98,8 @@ SHARED_CONSTANT uint PACKED_DECODE_SLAB = 256;
 SHARED_CONSTANT uint PACKED_DECODE_STAGES = 2;
 /// Threadgroup memory of a slab of x: four bytes an element, and a quarter of that.
 SHARED_CONSTANT uint PACKED_DIGITS_BYTES = 5 * PACKED_DECODE_SLAB;
-/// As GATE_UP_RESIDENT_THREADGROUPS, 4 on a core; and the cores.
-SHARED_CONSTANT uint PACKED_RESIDENT_THREADGROUPS = 528;
-SHARED_CONSTANT uint PACKED_CORES = 132;
+/// As GATE_UP_RESIDENT_THREADGROUPS.
+SHARED_CONSTANT uint PACKED_RESIDENT_THREADGROUPS = 4 * LARGE_GPU_CORES;
 /// Slots of a token that `down` takes at a time.
 SHARED_CONSTANT uint PACKED_SLOTS = 32; // 32: entries of a table
 SHARED_CONSTANT uint PACKED_SLOT_BYTES = 64;

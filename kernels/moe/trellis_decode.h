@@ -15,8 +15,7 @@ constexpr uint trellis_decode_columns(uint simd_width) {
 }
 /// The most blocks of 128 inputs of a slice: threadgroup memory of 8 KiB.
 SHARED_CONSTANT uint TRELLIS_DECODE_MAX_BLOCKS = 16;
-/// A GPU's cores, and how many threadgroups one has at a time: the work of the core that has most of it decides.
-SHARED_CONSTANT uint TRELLIS_DECODE_CORES = 132;
+/// How many threadgroups a core of a GPU has at a time: the work of the core that has most of it decides.
 SHARED_CONSTANT uint TRELLIS_DECODE_AT_A_TIME = 3;
 /// The most slices: what one kernel sums up, each threadgroup of the next reads again.
 SHARED_CONSTANT uint TRELLIS_DECODE_SLICES = 16;
@@ -30,7 +29,7 @@ constexpr uint trellis_slices(uint blocks, uint threadgroups) {
   uint best = 0, least = ~0u;
   for (uint slices = (blocks + TRELLIS_DECODE_MAX_BLOCKS - 1) / TRELLIS_DECODE_MAX_BLOCKS;
        best == 0 || (slices <= TRELLIS_DECODE_SLICES && slices <= blocks); ++slices) {
-    const uint most = (slices * threadgroups + TRELLIS_DECODE_CORES - 1) / TRELLIS_DECODE_CORES;
+    const uint most = (slices * threadgroups + LARGE_GPU_CORES - 1) / LARGE_GPU_CORES;
     const uint work =
         (most > TRELLIS_DECODE_AT_A_TIME ? most : TRELLIS_DECODE_AT_A_TIME) * ((blocks + slices - 1) / slices + 1);
     if (work < least) {
