@@ -23,8 +23,8 @@ from pathlib import Path
 
 import metal_moe
 import torch
-from layer_bench.cases import FORMATS as QUANTIZED
 from metal_moe import QuantizedExperts, _core, experts
+from metal_moe.layers import FORMATS as QUANTIZED
 
 HIDDEN = INTERMEDIATE = 64
 EXPERTS, TOP_K = 4, 2

@@ -10,7 +10,7 @@ import metal_moe
 import pytest
 import torch
 from cases import DTYPES, FAMILIES, assert_close, default_family, make_layer
-from metal_moe import _core, cli, tuning
+from metal_moe import _core, cli, layers, tuning
 from metal_moe.cli import tune
 
 OWN_DEVICE = True
@@ -126,11 +126,41 @@ def test_quantised_weights(table, capsys, device):
         published = _core.select_moe_kernel(tokens, False, 4, 4, 4)
         assert metal_moe.select_moe_kernel(tokens, False, 4, 4, 4, device=device) == published, "of one shape alone"
     layer = make_layer(3, 128, 64, 128, 8, torch.bfloat16).to(cases.DEVICE)
-    w1, w2 = (metal_moe.QuantizedExperts.quantize(one, **tune.FORMATS["affine4"]) for one in (layer.w1, layer.w2))
+    w1, w2 = (metal_moe.QuantizedExperts.quantize(one, **layers.FORMATS["affine4"]) for one in (layer.w1, layer.w2))
     metal_moe.fused_experts(layer.hidden_states, w1, w2, layer.topk_weights, layer.topk_ids)
     assert metal_moe.last_dispatch()["family"].startswith("moe_base")
     layer.run()
     assert metal_moe.last_dispatch()["family"].startswith(default_family(3, top_k=8))
+
+
+def test_trellis_weights(table, capsys, device):
+    """They have entries of their own, which say nothing of other quantised weights."""
+    result = run_json(capsys, device, *TINY, "--tokens", "1", "3", "--format", "trellis4", "--only", "layers")
+    own, others = result["layers"]
+    for entry in (own, others):
+        assert (entry["weights"], entry["quantized"], entry["trellis"]) == ("trellis4", True, True)
+    assert set(own["seconds"]["3"]) <= set(tune.FAMILIES) and own["weight_bits"] > 4
+    layer = layers.make_layer(layers.LayerShape("", 128, 128, 8, 2), torch.bfloat16, cases.DEVICE)
+    x, ids = layer.hidden_states(5), torch.tensor([[0, 1]] * 5, device=cases.DEVICE)
+    weights = torch.full((5, 2), 0.5, device=cases.DEVICE)
+
+    def run_family(form, tokens):
+        out = metal_moe.fused_experts(x[:tokens], *quantized[form], weights[:tokens], ids[:tokens])
+        return metal_moe.last_dispatch()["family"].removesuffix("_fp32acc"), out
+
+    quantized = {form: layers.quantize(layer, form) for form in ("trellis3", "affine4")}
+    tuning.write(table, [])
+    tuning.apply(*engine_of(device))
+    untuned = {tokens: run_family("affine4", tokens)[0] for tokens in (2, 3, 4, 5)}
+    dense = [each.to("cpu").dequantize(torch.float64) for each in quantized["trellis3"]]
+    expected = metal_moe.reference.experts(x.cpu(), *dense, weights.cpu(), ids.cpu()).numpy()
+    limits = {"decode_tokens": 2, "prefill4_tokens": 3, "base_tokens": 4}
+    write(table, device, {**layer_record(**limits), "quantized": True, "trellis": True, "weight_bits": 4.0})
+    chosen = [run_family("trellis3", tokens) for tokens in (2, 3, 4, 5)]
+    assert [family for family, _ in chosen] == ["moe_decode", "moe_prefill4", "moe_base", "moe_large_batch"]
+    for tokens, (_, out) in zip((2, 3, 4, 5), chosen, strict=True):
+        assert_close(out, expected[:tokens])
+        assert run_family("affine4", tokens)[0] == untuned[tokens]
 
 
 def test_layers_use_the_table(table, device):

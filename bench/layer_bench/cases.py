@@ -19,11 +19,6 @@ MODELS = {
 # cache (as far as the experts of all of them exceed it).
 INPUTS = 8
 
-# --format: arguments of QuantizedExperts.quantize.
-FORMATS = {f"affine{bits}": {"format": "affine", "bits": bits, "group_size": 64} for bits in (2, 3, 4, 5, 6, 8)}
-FORMATS |= {name: {"format": name} for name in ("mxfp4", "mxfp8", "nvfp4")}
-FORMATS |= {f"trellis{bits}": {"format": "trellis", "bits": bits} for bits in range(1, 9)}
-
 Quantized = tuple[QuantizedExperts, QuantizedExperts]
 """w1 and w2"""
 
@@ -77,39 +72,6 @@ def make_layer(model: str, scale: float, dtype: torch.dtype, device: torch.devic
     """The routed experts of a model, without the shared ones, H and I times `scale`."""
     shape = replace(MODELS[model], shared_experts=0)
     return layers.make_layer(shape if scale == 1 else shape.scaled(scale), dtype, device)
-
-
-def quantize(layer: layers.Layer, format: str) -> Quantized:
-    settings = FORMATS[format]
-    if settings["format"] == "trellis":
-        gate, up = (random_trellis(weights, settings["bits"]) for weights in layer.w1.chunk(2, 1))
-        w1 = QuantizedExperts({"gate": gate.parts["weight"], "up": up.parts["weight"]})
-        return w1, random_trellis(layer.w2, settings["bits"])
-    w1, w2 = (QuantizedExperts.quantize(weights, **settings) for weights in (layer.w1, layer.w2))
-    return w1, w2
-
-
-def random_trellis(weights: Tensor, bits: int) -> QuantizedExperts:
-    """Trellis weights with random codes, of the size and spread of `weights` [E, rows, columns].
-
-    The search for the best codes takes too long for a whole layer, and a layer's time does not depend on them.
-    """
-    count, *shape = weights.shape
-    rows, columns = (-(-size // 128) * 128 for size in shape)
-    generator = torch.Generator(weights.device).manual_seed(count * rows + columns)
-
-    def signs(size: int, scale: float) -> Tensor:
-        drawn = torch.randint(0, 2, (size,), generator=generator, device=weights.device)
-        return ((2 * drawn - 1) * scale).half()
-
-    def expert() -> dict[str, Tensor]:
-        words = (columns // 16, rows // 16, 16 * bits)
-        codes = torch.randint(-(2**15), 2**15, words, generator=generator, device=weights.device)
-        mul1 = torch.tensor(0x83DCD12D).to(torch.uint32).view(torch.int32)
-        return {"trellis": codes.to(torch.int16), "suh": signs(columns, 1.0), "svh": signs(rows, spread), "mul1": mul1}
-
-    spread = float(weights[0].float().std())
-    return QuantizedExperts.from_exl3([expert() for _ in range(count)], shape=tuple(shape))
 
 
 def make_case(layer: layers.Layer, tokens: int, quantized: Quantized | None = None) -> Case:

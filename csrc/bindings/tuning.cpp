@@ -35,6 +35,7 @@ void set_tuning_table(std::string_view engine_name, const py::list& entries) {
     read_field(fields, "top_k", entry.layer.top_k);
     read_field(fields, "quantized", entry.layer.quantized);
     read_field(fields, "weight_bits", entry.layer.weight_bits);
+    read_field(fields, "trellis", entry.layer.trellis);
     std::string dtype;
     read_field(fields, "dtype", dtype);
     for (Dtype one : {Dtype::Fp32, Dtype::Fp16, Dtype::Bf16})

@@ -124,8 +124,10 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
                             const SlotsView& ids, const SlotsView& weights, uint32_t top_k) {
   LayerShape shape = layer_shape(x, layer, top_k);
   const bool fp32_accumulation = layer.fp32_accumulation || shape.dtype != Dtype::Fp16 || shape.quantized();
-  // Trellis weights are not measured, and other ones say nothing of them.
-  const Tuning& tuning = layer.trellis() ? engine.tuning() : engine.tuning(tuned_layer(shape));
+  TunedLayer kind = tuned_layer(shape);
+  kind.trellis = layer.trellis();
+  const Tuning* const measured = engine.measured(kind);
+  const Tuning& tuning = measured ? *measured : engine.tuning();
   const uint64_t assignments = uint64_t(shape.tokens) * shape.top_k;
   const auto group = [&](uint32_t code) { return code_is_packed(code, x.item_size) ? code_group_size(code) : 0; };
   const uint32_t gate_up_group = !shape.gated || layer.gate.code == layer.up.code ? group(layer.gate.code) : 0;
@@ -137,7 +139,7 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
   const auto select = [&] {
     if (layer.family)
       return requested_family(layer, shape, fp32_accumulation);
-    if (layer.trellis())
+    if (layer.trellis() && !measured)
       return select_trellis_family(tuning, shape.tokens, assignments, shape.experts);
     if (shape.quantized_gate_up_bytes && shape.quantized_down_bytes && !shape.trellis)
       return select_quantized_family(tuning, shape.tokens, assignments, shape.experts, gate_up_group && down_group);
@@ -146,6 +148,7 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
   const Family family = select();
   ExpertsPacking packing{};
   packing.codes = layer.codes();
+  packing.measured = measured != nullptr;
   if (shape.tokens == 0)
     return packing;
   const ExpertsPlan& plan = packing.plan = plan_experts(tuning, family, shape, fp32_accumulation);
@@ -195,7 +198,9 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const ExpertsPacki
 
   DispatchTrace& trace = last_dispatch();
   trace.family = family_name(plan.family, plan.fp32_accumulation);
-  trace.choice = layer.family ? FamilyChoice::Requested : layer.trellis() ? FamilyChoice::Format : FamilyChoice::Tokens;
+  trace.choice = layer.family                           ? FamilyChoice::Requested
+                 : layer.trellis() && !packing.measured ? FamilyChoice::Format
+                                                        : FamilyChoice::Tokens;
   trace.row_tile = plan.row_tile;
   trace.tile_n = layer.trellis() ? TRELLIS_TILE : plan.variant->tile_n;
   trace.vectorized = aligned.gate_up && aligned.down;

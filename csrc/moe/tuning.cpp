@@ -91,8 +91,8 @@ const Tuning* TuningTable::find(const TunedLayer& layer) const {
   const auto distance = [&](const Entry& entry) { return std::fabs(entry.layer.weight_bits - layer.weight_bits); };
   for (const Entry& entry : entries_) {
     const bool any_shape = entry.layer.hidden == 0;
-    if (entry.layer.quantized != layer.quantized || (layer.dtype != Dtype::Other && entry.layer.dtype != layer.dtype) ||
-        (!any_shape && !same_shape(entry.layer)))
+    if (entry.layer.quantized != layer.quantized || entry.layer.trellis != layer.trellis ||
+        (layer.dtype != Dtype::Other && entry.layer.dtype != layer.dtype) || (!any_shape && !same_shape(entry.layer)))
       continue;
     const bool best_is_any_shape = best && best->layer.hidden == 0;
     if (!best || (best_is_any_shape && !any_shape) ||

@@ -80,6 +80,7 @@ struct TunedLayer {
   Dtype dtype = Dtype::Other; // of hidden states; Other, where one is asked for: any
   bool quantized = false;
   float weight_bits = 0.0f; // with scales, the mean of a layer's weights
+  bool trellis = false;     // quantised, and all of them trellis codes: they have kernels of their own
 };
 
 /// What `metal-moe tune` measured on a device. The same table and layer always give the same tuning.

@@ -6,6 +6,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .formats import QuantizedExperts
+
+# Arguments of QuantizedExperts.quantize.
+FORMATS = {f"affine{bits}": {"format": "affine", "bits": bits, "group_size": 64} for bits in (2, 3, 4, 5, 6, 8)}
+FORMATS |= {name: {"format": name} for name in ("mxfp4", "mxfp8", "nvfp4")}
+FORMATS |= {f"trellis{bits}": {"format": "trellis", "bits": bits} for bits in range(1, 9)}
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -156,3 +163,38 @@ def make_layer(shape: LayerShape, dtype: torch.dtype, device: str | torch.device
     router = torch.randn(shape.experts, shape.hidden, generator=generator) * shape.hidden**-0.5
     bias = torch.randn(shape.experts, generator=generator) * 0.1 if shape.correction_bias else None
     return Layer(shape, w1, w2, router.to(device), None if bias is None else bias.to(device), shared_w1, shared_w2)
+
+
+def quantize(layer: Layer, format: str) -> tuple[QuantizedExperts, QuantizedExperts]:
+    """w1 and w2 of a layer in one of FORMATS: as `QuantizedExperts.quantize` makes them, but for trellis codes, which
+    are random ones."""
+    settings = FORMATS[format]
+    if settings["format"] == "trellis":
+        gate, up = (random_trellis(weights, settings["bits"]) for weights in layer.w1.chunk(2, 1))
+        w1 = QuantizedExperts({"gate": gate.parts["weight"], "up": up.parts["weight"]})
+        return w1, random_trellis(layer.w2, settings["bits"])
+    w1, w2 = (QuantizedExperts.quantize(weights, **settings) for weights in (layer.w1, layer.w2))
+    return w1, w2
+
+
+def random_trellis(weights: Tensor, bits: int) -> QuantizedExperts:
+    """Trellis weights with random codes, of the size and spread of `weights` [E, rows, columns].
+
+    The search for the best codes takes too long for a whole layer, and a layer's time does not depend on them.
+    """
+    count, *shape = weights.shape
+    rows, columns = (-(-size // 128) * 128 for size in shape)
+    generator = torch.Generator(weights.device).manual_seed(count * rows + columns)
+
+    def signs(size: int, scale: float) -> Tensor:
+        drawn = torch.randint(0, 2, (size,), generator=generator, device=weights.device)
+        return ((2 * drawn - 1) * scale).half()
+
+    def expert() -> dict[str, Tensor]:
+        words = (columns // 16, rows // 16, 16 * bits)
+        codes = torch.randint(-(2**15), 2**15, words, generator=generator, device=weights.device)
+        mul1 = torch.tensor(0x83DCD12D).to(torch.uint32).view(torch.int32)
+        return {"trellis": codes.to(torch.int16), "suh": signs(columns, 1.0), "svh": signs(rows, spread), "mul1": mul1}
+
+    spread = float(weights[0].float().std())
+    return QuantizedExperts.from_exl3([expert() for _ in range(count)], shape=tuple(shape))

@@ -57,6 +57,8 @@ class LayerRecord(TypedDict, total=False):
     quantized: bool
     weight_bits: float
     """Bits of a weight with its scales."""
+    trellis: bool
+    """Whether all weights are trellis codes; false where it is missing."""
     decode_tokens: int
     """Most tokens of the decode family; then of prefill4 and of base; large_batch has the rest."""
     prefill4_tokens: int
@@ -137,6 +139,7 @@ _LAYER_FIELDS = {
     "dtype": str,
     "quantized": bool,
     "weight_bits": float,
+    "trellis": bool,
     **dict.fromkeys(THRESHOLDS, int),
     "row_tile_per_mean_rows": float,
     "largest_row_tile": int,

@@ -40,6 +40,16 @@ TEST(TuningTable, TheNearestBitsThenTheFirst) {
   EXPECT_EQ(table.find(layer(2048, Dtype::Bf16, true, 2))->decode_tokens, 5u) << "shape before bits";
 }
 
+TEST(TuningTable, TrellisCodesApart) {
+  TuningTable::Entry trellis = entry(0, 2, Dtype::Bf16, true, 4);
+  trellis.layer.trellis = true;
+  const TuningTable table({trellis, entry(2048, 3, Dtype::Bf16, true, 8.5f)});
+  TunedLayer asked = layer(2048, Dtype::Bf16, true, 4);
+  EXPECT_EQ(table.find(asked)->decode_tokens, 3u);
+  asked.trellis = true;
+  EXPECT_EQ(table.find(asked)->decode_tokens, 2u);
+}
+
 TEST(TuningTable, ByBitsAlone) {
   const TuningTable table({entry(2048, 9), entry(0, 2), entry(0, 3, Dtype::Fp16, true, 4)});
   EXPECT_EQ(table.find(layer_of_bits({}, 16, {}))->decode_tokens, 2u) << "every shape, any dtype";

@@ -36,10 +36,6 @@ MODELS = {
     "mixtral": layers.MIXTRAL_8X7B,
     "deepseek": layers.DEEPSEEK_V3,
 }
-# Arguments of QuantizedExperts.quantize.
-FORMATS = {f"affine{bits}": {"format": "affine", "bits": bits, "group_size": 64} for bits in (2, 3, 4, 5, 6, 8)}
-FORMATS |= {name: {"format": name} for name in ("mxfp4", "mxfp8", "nvfp4")}
-
 # In the order in which they take over from each other.
 FAMILIES = ("moe_decode", "moe_prefill4", "moe_base", "moe_large_batch")
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -67,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=MODELS, nargs="+", default=["qwen3", "glm"], help="(default: qwen3 glm)")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="(default: bf16)")
     parser.add_argument(
-        "--format", choices=["dense", *FORMATS], nargs="+", default=["dense"], help="of weights (default: dense)"
+        "--format",
+        choices=["dense", *layers.FORMATS],
+        nargs="+",
+        default=["dense"],
+        help="of weights (default: dense); trellis: random codes",
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="(default: 1 to 128)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on H and I (default: 1)")
@@ -174,7 +174,7 @@ def _tune_layers(
             bits = 8.0 * DTYPES[dtype].itemsize
             if weights != "dense":
                 progress(f"{model}: quantising to {weights}")
-                w1, w2 = (QuantizedExperts.quantize(one, **FORMATS[weights]) for one in (w1, w2))
+                w1, w2 = layers.quantize(layer, weights)
                 bits = (2 * w1.bits_per_weight + w2.bits_per_weight) / 3
             entry: LayerRecord = {
                 "model": shape.name,
@@ -186,6 +186,7 @@ def _tune_layers(
                 "dtype": dtype,
                 "quantized": weights != "dense",
                 "weight_bits": bits,
+                "trellis": weights.startswith("trellis"),
             }
             call = _calls(layer, w1, w2, tokens)
             measured.append(_tune_layer(engine, device, options.budget, entry, tokens, call, progress))
@@ -345,6 +346,7 @@ def _for_every_shape(engine: str, entries: list[LayerRecord]) -> list[LayerRecor
             "dtype": dtype,
             "quantized": quantized,
             "weight_bits": sum(one["weight_bits"] for one in same) / len(same),
+            "trellis": same[0].get("trellis", False),
             **best_thresholds(seconds, defaults),
             "row_tile_per_mean_rows": per_mean,
             "largest_row_tile": largest,
