@@ -29,12 +29,13 @@ import torch
 from async_bench import patterns, report, verdict
 from async_bench.plot import draw
 from layer_bench import result as files
-from layer_bench.cases import MODELS, make_case, make_layer
+from layer_bench.cases import make_case, make_layer
 from layer_bench.environment import environment
 from layer_bench.outcome import exit_status
 from layer_bench.plot import require
 from metal_moe.cli.demo import TOLERANCES
 from metal_moe.cli.text import DTYPES, Progress
+from metal_moe.layers import MODELS
 
 # H and I: the time of an operation is to be what it is in a model, except where that would take minutes.
 DEFAULT_SCALE = {"native": 0.25, "exact": 1 / 32}

@@ -25,14 +25,14 @@ from typing import TypeVar
 import metal_moe
 import torch
 from layer_bench import ceilings, kernels, plot, report, result, verdict
-from layer_bench.cases import INPUTS, MODELS, Case, make_case, make_layer
+from layer_bench.cases import INPUTS, Case, make_case, make_layer
 from layer_bench.environment import environment
 from layer_bench.measure import measure
 from layer_bench.memory import free_memory
 from layer_bench.outcome import exit_status
 from metal_moe.cli.demo import TOLERANCES
 from metal_moe.cli.text import DTYPES, Progress
-from metal_moe.layers import FORMATS, quantize
+from metal_moe.layers import FORMATS, MODELS, quantize
 
 # What a device has the memory and the patience for.
 DEFAULT_MODELS = {"cuda": list(MODELS), "mps": ["glm", "qwen3"], "cpu": ["glm", "qwen3"]}

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import call_overhead  # noqa: E402
 import moe_layer  # noqa: E402 (found through the path above)
 from layer_bench import ceilings, clock, environment, kernels, measure, report, verdict  # noqa: E402
-from layer_bench.cases import INPUTS, MODELS, make_case, make_layer  # noqa: E402
+from layer_bench.cases import INPUTS, make_case, make_layer  # noqa: E402
 from layer_bench.ceilings import Ceilings  # noqa: E402
 
 OWN_DEVICE = True
@@ -62,7 +62,7 @@ def test_row(result, device):
     if device.type == "cuda":
         names |= {"metal_moe_graph", "grouped_mm_graph"}
     for row in result["results"]:
-        shape = next(one for one in MODELS.values() if one.name == row["model"]).scaled(1 / 32)
+        shape = next(one for one in layers.MODELS.values() if one.name == row["model"]).scaled(1 / 32)
         expert = 3 * shape.hidden * shape.intermediate
         assert shape.top_k <= row["experts_hit"] <= min(shape.experts, row["tokens"] * shape.top_k)
         assert row["bytes"] == pytest.approx(2 * (row["experts_hit"] * expert + 2 * row["tokens"] * shape.hidden))
@@ -367,7 +367,7 @@ def test_bandwidth_says_what_it_is(monkeypatch, device):
     assert memory_bandwidth.memory_bandwidth(device) == expected
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", layers.MODELS)
 @pytest.mark.parametrize("peer", [baselines.expert_loop, baselines.grouped_matmul, baselines.naive_indexing])
 def test_peers_compute_the_layer(device, model, peer):
     """Each model's routing, on experts some of which have no tokens."""

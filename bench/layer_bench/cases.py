@@ -8,13 +8,6 @@ import torch
 from metal_moe import QuantizedExperts, layers
 from torch import Tensor
 
-MODELS = {
-    "mixtral": layers.MIXTRAL_8X7B,
-    "qwen3": layers.QWEN3_30B_A3B,
-    "glm": layers.GLM_4_7_FLASH,
-    "gptoss": layers.GPT_OSS_20B,
-    "deepseek": layers.DEEPSEEK_V3,
-}
 # Distinct inputs in turn: they choose different experts, whose weights then come from memory, not from the last call's
 # cache (as far as the experts of all of them exceed it).
 INPUTS = 8
@@ -70,7 +63,7 @@ class Case:
 
 def make_layer(model: str, scale: float, dtype: torch.dtype, device: torch.device) -> layers.Layer:
     """The routed experts of a model, without the shared ones, H and I times `scale`."""
-    shape = replace(MODELS[model], shared_experts=0)
+    shape = replace(layers.MODELS[model], shared_experts=0)
     return layers.make_layer(shape if scale == 1 else shape.scaled(scale), dtype, device)
 
 

@@ -136,19 +136,21 @@ ExpertsPacking pack_experts(const MoeEngine& engine, const TensorView& x, const 
     shape.packed_gate_up_group = gate_up_group;
     shape.packed_down_group = down_group;
   }
-  const auto select = [&] {
-    if (layer.family)
-      return requested_family(layer, shape, fp32_accumulation);
-    if (layer.trellis() && !measured)
-      return select_trellis_family(tuning, shape.tokens, assignments, shape.experts);
-    if (shape.quantized_gate_up_bytes && shape.quantized_down_bytes && !shape.trellis)
-      return select_quantized_family(tuning, shape.tokens, assignments, shape.experts, gate_up_group && down_group);
-    return select_family(tuning, shape.tokens, assignments);
-  };
-  const Family family = select();
   ExpertsPacking packing{};
   packing.codes = layer.codes();
-  packing.measured = measured != nullptr;
+  packing.choice = FamilyChoice::Tokens;
+  Family family;
+  if (layer.family) {
+    family = requested_family(layer, shape, fp32_accumulation);
+    packing.choice = FamilyChoice::Requested;
+  } else if (layer.trellis() && !measured) {
+    family = select_trellis_family(tuning, shape.tokens, assignments, shape.experts);
+    packing.choice = FamilyChoice::Format;
+  } else if (shape.quantized_gate_up_bytes && shape.quantized_down_bytes && !shape.trellis) {
+    family = select_quantized_family(tuning, shape.tokens, assignments, shape.experts, gate_up_group && down_group);
+  } else {
+    family = select_family(tuning, shape.tokens, assignments);
+  }
   if (shape.tokens == 0)
     return packing;
   const ExpertsPlan& plan = packing.plan = plan_experts(tuning, family, shape, fp32_accumulation);
@@ -198,9 +200,7 @@ void encode_experts(CommandStream& stream, MoeEngine& engine, const ExpertsPacki
 
   DispatchTrace& trace = last_dispatch();
   trace.family = family_name(plan.family, plan.fp32_accumulation);
-  trace.choice = layer.family                           ? FamilyChoice::Requested
-                 : layer.trellis() && !packing.measured ? FamilyChoice::Format
-                                                        : FamilyChoice::Tokens;
+  trace.choice = packing.choice;
   trace.row_tile = plan.row_tile;
   trace.tile_n = layer.trellis() ? TRELLIS_TILE : plan.variant->tile_n;
   trace.vectorized = aligned.gate_up && aligned.down;

@@ -5,6 +5,8 @@
 #include "engine.h"
 #include "plan.h"
 
+#include "../core/trace.h"
+
 #include <array>
 #include <optional>
 
@@ -75,7 +77,7 @@ struct ExpertsPacking {
   ExpertsArgs args; // without what differs between the dispatches
   /// ExpertsLayer::codes, which decide about grids: a layer with others has a packing of its own.
   std::array<uint32_t, 3> codes;
-  bool measured; // what was measured on the device decided
+  FamilyChoice choice; // of the plan's family
 };
 
 /// std::invalid_argument as encode_experts.

@@ -20,7 +20,7 @@ struct TileRows {
   uint expert; // 0..E-1 routed, E..E+shared-1 shared
   uint count;  // at most ROW_TILE (one-thread simdgroups: any); 0: an unused tile
   uint first;  // row of h and y from which on `offset` counts
-  uint lanes;  // the rows from there on, as bits: with tiles_from_ids assignments, else consecutive ones
+  uint lanes;  // with tiles_from_ids: the assignments that are its rows, as bits; else not looked at
 
   bool from_ids() thread const { return READS_IDS && args.tiles_from_ids; }
   /// Row `row` of the tile is row first + offset(row) of h and of y.

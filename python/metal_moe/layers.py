@@ -88,6 +88,14 @@ DEEPSEEK_V3 = LayerShape(
         "routed_scaling_factor": 2.5,
     },
 )
+# By the names that the command line and the benchmarks take.
+MODELS = {
+    "mixtral": MIXTRAL_8X7B,
+    "qwen3": QWEN3_30B_A3B,
+    "glm": GLM_4_7_FLASH,
+    "gptoss": GPT_OSS_20B,
+    "deepseek": DEEPSEEK_V3,
+}
 
 
 @dataclass

@@ -35,7 +35,7 @@ struct PackedSlab {
   static constexpr uint WORDS = GROUP / PIECE_CODES; // of a lane, of a row of a group; also a group's pieces
   static constexpr uint GROUPS = SLAB / GROUP;
   static constexpr uint LINE_ROWS = 8 / PIECES;             // of all banks
-  static constexpr uint ROWS_AT_ONCE = SIMD_WIDTH / PIECES; // of a warp's copy: its places repeat after as many
+  static constexpr uint ROWS_AT_ONCE = SIMD_WIDTH / PIECES; // of a warp's copy
   static constexpr uint ROW_BYTES = SLAB / 2, CODE_BYTES = ROWS * ROW_BYTES;
   static constexpr uint SCALE_ROW = 2 * CHUNK_BYTES; // its scales, then its biases
   static_assert(PIECES >= WORDS && 8 % PIECES == 0 && WEIGHT_ROWS % 16 == 0);
@@ -70,6 +70,7 @@ struct PackedSlab {
     /// Starts those of COUNT rows from `row` on, all of one matrix, multiples of 16.
     template <uint COUNT>
     METAL_FUNC void start(uint row) const {
+      static_assert(ROWS_AT_ONCE % 8 == 0, "places repeat after eight rows");
       const uint m = row / WEIGHT_ROWS;
 #pragma unroll
       for (uint at = 0; at < COUNT; at += ROWS_AT_ONCE)
@@ -168,7 +169,7 @@ private:
                                                      from + size_t(I) * matrix.codes_stride,
                                                      WHOLE || (k < K && first_row + row + I <= last_row));
     };
-    for_each_place<0, ROWS, SIMD_WIDTH / PIECES>(copy);
+    for_each_place<0, ROWS, ROWS_AT_ONCE>(copy);
   }
 
   template <uint WIDTH, uint THREADS>

@@ -54,8 +54,8 @@ using metal::as_type;
 #include "cuda_half.h"
 #endif
 
-/// 16-bit brain floating point: the upper half of a float. Conversion rounds to nearest even and keeps NaN. Written on
-/// integers without branches, so that loops that convert arrays vectorise at every processor level.
+/// 16-bit brain floating point: the upper half of a float. Conversion rounds to nearest even and keeps NaN. On
+/// processors written on integers without branches, so that loops that convert arrays vectorise at every level.
 struct bfloat {
   uint16_t bits;
 

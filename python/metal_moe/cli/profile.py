@@ -24,19 +24,9 @@ from .text import DTYPES, Progress, milliseconds, table
 NAME = "profile"
 HELP = "one layer of a model: time and fraction of the floor, kernel by kernel"
 
-LAYERS = {
-    shape.name.lower(): shape
-    for shape in (
-        layers.GLM_4_7_FLASH,
-        layers.QWEN3_30B_A3B,
-        layers.MIXTRAL_8X7B,
-        layers.GPT_OSS_20B,
-        layers.DEEPSEEK_V3,
-    )
-}
-# Arguments of QuantizedExperts.quantize.
-FORMATS = {f"affine{bits}": {"format": "affine", "bits": bits} for bits in (2, 3, 4, 5, 6, 8)}
-FORMATS |= {name: {"format": name} for name in ("mxfp4", "mxfp8", "nvfp4")}
+LAYERS = {shape.name.lower(): shape for shape in layers.MODELS.values()}
+# Arguments of QuantizedExperts.quantize. The search for trellis codes takes too long.
+FORMATS = {name: settings for name, settings in layers.FORMATS.items() if settings["format"] != "trellis"}
 # Distinct inputs, in turn.
 INPUTS = 8
 # Seconds of repetition for each number of tokens.

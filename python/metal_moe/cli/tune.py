@@ -29,13 +29,6 @@ from .text import DTYPES, Bar, Progress, table
 NAME = "tune"
 HELP = "measure which kernels are fastest here, and remember it"
 
-MODELS = {
-    "qwen3": layers.QWEN3_30B_A3B,
-    "glm": layers.GLM_4_7_FLASH,
-    "gptoss": layers.GPT_OSS_20B,
-    "mixtral": layers.MIXTRAL_8X7B,
-    "deepseek": layers.DEEPSEEK_V3,
-}
 # In the order in which they take over from each other.
 FAMILIES = ("moe_decode", "moe_prefill4", "moe_base", "moe_large_batch")
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -60,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="a device of PyTorch (default: the best one supported here)")
     parser.add_argument("--show", action="store_true", help="measure nothing: show what holds on the device")
     parser.add_argument("--reset", action="store_true", help="forget what was measured on the device")
-    parser.add_argument("--model", choices=MODELS, nargs="+", default=["qwen3", "glm"], help="(default: qwen3 glm)")
+    parser.add_argument(
+        "--model", choices=layers.MODELS, nargs="+", default=["qwen3", "glm"], help="(default: qwen3 glm)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="(default: bf16)")
     parser.add_argument(
         "--format",
@@ -165,7 +160,7 @@ def _tune_layers(
     measured = []
     tokens = sorted(set(options.tokens))
     for model, dtype in itertools.product(dict.fromkeys(options.model), dict.fromkeys(options.dtype)):
-        shape = MODELS[model] if options.scale == 1 else MODELS[model].scaled(options.scale)
+        shape = layers.MODELS[model] if options.scale == 1 else layers.MODELS[model].scaled(options.scale)
         shape = replace(shape, shared_experts=0)
         progress(f"{model}: drawing {shape.weight_bytes(DTYPES[dtype]) / 1e9:.2g} GB of weights")
         layer = layers.make_layer(shape, DTYPES[dtype], device)
