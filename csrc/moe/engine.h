@@ -42,6 +42,11 @@ public:
   /// What was measured on this device for layers like this one; null where nothing was. It stays valid for the life of
   /// the engine.
   const Tuning* measured(const TunedLayer& layer) const { return tuning_table()->find(layer); }
+  /// The one or the other.
+  const Tuning& tuning(const TunedLayer& layer) const {
+    const Tuning* tuning = measured(layer);
+    return tuning ? *tuning : tuning_;
+  }
   /// What measured() looks in; another one after each set_tuning_table.
   const TuningTable* tuning_table() const { return table_.load(std::memory_order_acquire); }
   /// Takes effect for the next operation; one that is being encoded may use either table. Thread-safe.
