@@ -23,10 +23,10 @@ constexpr constant uint THREADS = SIMDGROUPS * SIMD_WIDTH;
 /// What threads' registers are to suffice for: three threadgroups at a time on an NVIDIA GPU.
 constexpr constant uint REGISTER_THREADS = 3 * THREADS;
 #ifdef METAL_SIM_CUDA
-/// For the compiler, as packed_least_threadgroups: all registers that REGISTER_THREADS leave. Codes of four bits take
-/// 2% less time with them, of three bits 3% more: for those they do not suffice, and the compiler does better with
-/// fewer.
-constexpr uint trellis_gate_up_decode_least_threadgroups = code_half_bits(FIRST_MATRIX) == 8 ? 1 : 0;
+/// For the compiler, as packed_least_threadgroups: all registers that REGISTER_THREADS leave. mul1's codes take 2 to 3%
+/// less time with them, although some are spilled; codes of other codebooks would spill many more.
+constexpr uint trellis_gate_up_decode_least_threadgroups = code_codebook(FIRST_MATRIX) == TRELLIS_MUL1 ? 1 : 0;
+constexpr uint trellis_down_decode_least_threadgroups = trellis_gate_up_decode_least_threadgroups;
 #endif
 constexpr constant uint TILES = trellis_decode_tiles(SIMD_WIDTH);
 constexpr constant uint COLUMNS = trellis_decode_columns(SIMD_WIDTH);

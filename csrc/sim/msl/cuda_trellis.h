@@ -259,49 +259,71 @@ struct CudaRotatedRow {
   }
 
   /// RotatedRow::multiply: sum[i] of column i of tiles, in lanes with q = 0 for outputs g and g + 8.
-  /// Codes of a step are asked for two steps ahead.
   template <uint HALF_BITS, uint CODEBOOK, uint TILES>
-  METAL_FUNC void multiply(const uint* codes, uint row_stride, uint blocks, uint lane, float (&sum)[TILES][2]) const {
-    constexpr uint TILE_WORDS = 4 * HALF_BITS, WORDS = TrellisCodes<HALF_BITS>::WORDS;
+  METAL_FUNC void multiply(const uint* first, uint row_stride, uint blocks, uint lane, float (&sum)[TILES][2]) const {
     const uint g = lane / 4, q = lane % 4;
     const TrellisValues<CODEBOOK> values(lane);
     const uint4* x = words + q * 2 + g % 2; // columns beyond the two are never looked at
-    const uint* from = codes + size_t(q) * row_stride;
+    CodesAhead<HALF_BITS, TILES> codes{first + size_t(q) * row_stride, size_t(4) * row_stride, g, {}};
 #pragma unroll
     for (uint i = 0; i < TILES; ++i)
       sum[i][0] = sum[i][1] = 0.0f;
-    TrellisCodes<HALF_BITS> ahead[2][TILES];
-#pragma unroll
-    for (uint s = 0; s < 2; ++s)
+    codes.load(0);
+    codes.load(1);
+    for (uint block = 0; block + 1 < blocks; ++block) {
+      codes.from += 2 * codes.step_stride;
+      add_block<true>(codes, x, values, factor[block], lane, sum);
+    }
+    add_block<false>(codes, x, values, factor[blocks - 1], lane, sum);
+  }
+
+private:
+  /// A lane's codes of two steps, each of four rows of tiles: those of a step are asked for two steps ahead.
+  template <uint HALF_BITS, uint TILES>
+  struct CodesAhead {
+    const uint* from;
+    size_t step_stride; // words
+    uint g;
+    TrellisCodes<HALF_BITS> of_step[2][TILES];
+
+    METAL_FUNC void load(uint s) {
 #pragma unroll
       for (uint i = 0; i < TILES; ++i)
-        ahead[s][i].load(from + s * size_t(4 * row_stride) + i * TILE_WORDS, g);
-    for (uint block = 0; block < blocks; ++block) {
-      from += size_t(8) * row_stride;
-      float part[TILES][1][4] = {};
-#pragma unroll
-      for (uint s = 0; s < 2; ++s) {
-        const uint4 first = x[0], second = x[8];
-        const uint32_t fragment[1][8] = {{first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w}};
-        x += 16;
-        uint32_t stream[TILES][WORDS + 2];
-#pragma unroll
-        for (uint i = 0; i < TILES; ++i)
-          ahead[s][i].align(lane, stream[i]);
-        if (block + 1 < blocks)
-#pragma unroll
-          for (uint i = 0; i < TILES; ++i)
-            ahead[s][i].load(from + s * size_t(4 * row_stride) + i * TILE_WORDS, g);
-#pragma unroll
-        for (uint i = 0; i < TILES; ++i)
-          trellis_multiply_add<HALF_BITS, CODEBOOK>(part[i], stream[i], fragment, values);
-      }
-#pragma unroll
-      for (uint i = 0; i < TILES; ++i) {
-        sum[i][0] += trellis_row_sum(factor[block], part[i][0][0], part[i][0][1]);
-        sum[i][1] += trellis_row_sum(factor[block], part[i][0][2], part[i][0][3]);
-      }
+        of_step[s][i].load(from + s * step_stride + i * (4 * HALF_BITS), g);
     }
+  };
+
+  /// sum += the products of a block. MORE: codes of the one after it are asked for. The last block has a copy of the
+  /// code of its own: a load that may not be wanted would keep the registers that it loads to.
+  template <bool MORE, uint HALF_BITS, uint TILES, uint CODEBOOK>
+  METAL_FUNC static void add_block(CodesAhead<HALF_BITS, TILES>& codes, const uint4*& x,
+                                   const TrellisValues<CODEBOOK>& values, const float& factor, uint lane,
+                                   float (&sum)[TILES][2]) {
+    float part[TILES][1][4] = {};
+    add_step<0, MORE>(codes, x, values, part, lane);
+    add_step<1, MORE>(codes, x, values, part, lane);
+    x += 32;
+#pragma unroll
+    for (uint i = 0; i < TILES; ++i) {
+      sum[i][0] += trellis_row_sum(factor, part[i][0][0], part[i][0][1]);
+      sum[i][1] += trellis_row_sum(factor, part[i][0][2], part[i][0][3]);
+    }
+  }
+
+  template <uint S, bool MORE, uint HALF_BITS, uint TILES, uint CODEBOOK>
+  METAL_FUNC static void add_step(CodesAhead<HALF_BITS, TILES>& codes, const uint4* x,
+                                  const TrellisValues<CODEBOOK>& values, float (&part)[TILES][1][4], uint lane) {
+    uint32_t stream[TILES][TrellisCodes<HALF_BITS>::WORDS + 2];
+#pragma unroll
+    for (uint i = 0; i < TILES; ++i)
+      codes.of_step[S][i].align(lane, stream[i]);
+    if (MORE)
+      codes.load(S);
+    const uint4 first = x[S * 16], second = x[S * 16 + 8];
+    const uint32_t fragment[1][8] = {{first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w}};
+#pragma unroll
+    for (uint i = 0; i < TILES; ++i)
+      trellis_multiply_add<HALF_BITS, CODEBOOK>(part[i], stream[i], fragment, values);
   }
 };
 
