@@ -246,6 +246,7 @@ METAL_FUNC float trellis_row_sum(float factor, float high, float low) {
 /// moe/rotated_row.h.
 struct CudaRotatedRow {
   static constexpr uint BLOCK = 128;
+  static constexpr uint STEP_WORDS = 16; // of 16 bytes: x of a step, four tiles
   uint4* words;
   float* factor;
 
@@ -293,8 +294,9 @@ private:
     }
   };
 
-  /// sum += the products of a block. MORE: codes of the one after it are asked for. The last block has a copy of the
-  /// code of its own: a load that may not be wanted would keep the registers that it loads to.
+  /// sum += the products of a block, the first of x, which then begins with the next. MORE: codes of that one are asked
+  /// for. The last block has a copy of the code of its own: a load that may not be wanted would keep the registers that
+  /// it loads to.
   template <bool MORE, uint HALF_BITS, uint TILES, uint CODEBOOK>
   METAL_FUNC static void add_block(CodesAhead<HALF_BITS, TILES>& codes, const uint4*& x,
                                    const TrellisValues<CODEBOOK>& values, const float& factor, uint lane,
@@ -302,7 +304,7 @@ private:
     float part[TILES][1][4] = {};
     add_step<0, MORE>(codes, x, values, part, lane);
     add_step<1, MORE>(codes, x, values, part, lane);
-    x += 32;
+    x += 2 * STEP_WORDS;
 #pragma unroll
     for (uint i = 0; i < TILES; ++i) {
       sum[i][0] += trellis_row_sum(factor, part[i][0][0], part[i][0][1]);
@@ -319,7 +321,7 @@ private:
       codes.of_step[S][i].align(lane, stream[i]);
     if (MORE)
       codes.load(S);
-    const uint4 first = x[S * 16], second = x[S * 16 + 8];
+    const uint4 first = x[S * STEP_WORDS], second = x[S * STEP_WORDS + STEP_WORDS / 2];
     const uint32_t fragment[1][8] = {{first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w}};
 #pragma unroll
     for (uint i = 0; i < TILES; ++i)
