@@ -67,8 +67,8 @@ TrellisEncoding::Slices TrellisEncoding::slices(const Pipeline& pipeline, uint32
   const uint32_t width = pipeline.simd_width;
   const uint32_t threadgroups = ceil_div(rotate_padded(outputs), trellis_decode_columns(width)) * args_.rows * count;
   const uint32_t blocks = rotate_blocks(inputs);
-  const uint32_t slices =
-      width == 1 ? ceil_div(blocks, TRELLIS_DECODE_MAX_BLOCKS) : trellis_slices(blocks, threadgroups);
+  const uint32_t slices = width == 1 ? ceil_div(blocks, TRELLIS_DECODE_MAX_BLOCKS)
+                                     : trellis_slices(blocks, threadgroups, TRELLIS_DECODE_MAX_BLOCKS);
   return {slices, ceil_div(blocks, slices)};
 }
 
@@ -138,13 +138,17 @@ void TrellisEncoding::rotate(const Pipeline& pipeline, uint32_t columns, uint32_
                    per_threadgroup * pipeline.simd_width, bytes);
 }
 
-BufferView TrellisEncoding::product(const GroupTables& tables, uint32_t row_tile, const QuantizedPart& first,
-                                    const QuantizedPart& second, uint32_t count, uint32_t inputs, uint32_t outputs,
-                                    const BufferView& from) {
-  const BufferView to = stream_.scratch(row_bytes(outputs, count));
+TrellisEncoding::Sums TrellisEncoding::product(const GroupTables& tables, uint32_t row_tile, const QuantizedPart& first,
+                                               const QuantizedPart& second, uint32_t count, uint32_t inputs,
+                                               uint32_t outputs, const BufferView& from) {
   const Pipeline& pipeline = engine_.pipeline(product_kernel(row_tile), {{first.code, second.code}});
   record_codes(pipeline, &first == &layer_.down);
-  const TrellisProductArgs product{args_.rows, rotate_padded(inputs), rotate_padded(outputs)};
+  const bool matrix = engine_.tuning().packed_products;
+  const uint32_t columns = TRELLIS_TILE * trellis_product_tiles(pipeline.simd_width, matrix);
+  const uint32_t blocks = rotate_blocks(inputs), threadgroups = rotate_padded(outputs) / columns * tables.max_tiles;
+  const uint32_t slices = pipeline.simd_width == 1 ? 1 : trellis_slices(blocks, threadgroups * count, blocks);
+  const TrellisProductArgs product{args_.rows, rotate_padded(inputs), rotate_padded(outputs), slices, count};
+  const Sums to{stream_.scratch(slices * row_bytes(outputs, count)), slices};
   stream_.use(pipeline);
   stream_.bind(0, from);
   stream_.bind(1, first.codes.view());
@@ -153,19 +157,17 @@ BufferView TrellisEncoding::product(const GroupTables& tables, uint32_t row_tile
   stream_.bind(4, second.table.view());
   stream_.bind(5, tables.sorted_rows);
   stream_.bind(6, tables.tiles);
-  stream_.bind(7, to);
+  stream_.bind(7, to.view);
   stream_.bind_value(8, product);
-  const bool matrix = engine_.tuning().packed_products;
   stream_.threadgroup_memory(0, trellis_product_memory(row_tile, matrix));
-  const uint32_t columns = TRELLIS_TILE * trellis_product_tiles(pipeline.simd_width, matrix);
-  stream_.dispatch(MTL::Size(product.outputs / columns, tables.max_tiles, count),
+  stream_.dispatch(MTL::Size(product.outputs / columns, tables.max_tiles, slices * count),
                    simdgroups(TRELLIS_PRODUCT_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width,
-                   count * code_bytes(first) + row_bytes(inputs, count) + row_bytes(outputs, count));
+                   count * code_bytes(first) + rotated_bytes(inputs, count) + slices * row_bytes(outputs, count));
   return to;
 }
 
 TrellisEncoding::Sums TrellisEncoding::gate_up_grouped(const GroupTables& tables, uint32_t row_tile) {
-  const size_t bytes = row_bytes(args_.hidden, matrices_);
+  const size_t bytes = rotated_bytes(args_.hidden, matrices_);
   const BufferView rotated = stream_.scratch(bytes);
   const Pipeline& pipeline = engine_.pipeline(ROTATE_INPUTS_KERNEL);
   stream_.use(pipeline);
@@ -178,17 +180,16 @@ TrellisEncoding::Sums TrellisEncoding::gate_up_grouped(const GroupTables& tables
   stream_.bind(6, rotated);
   stream_.bind_value(7, args_);
   rotate(pipeline, args_.hidden, matrices_, 2 * bytes);
-  return {product(tables, row_tile, layer_.gate, up_or_gate(), matrices_, args_.hidden, args_.intermediate, rotated),
-          1};
+  return product(tables, row_tile, layer_.gate, up_or_gate(), matrices_, args_.hidden, args_.intermediate, rotated);
 }
 
 TrellisEncoding::Sums TrellisEncoding::down_grouped(const GroupTables& tables, uint32_t row_tile,
                                                     const BufferView& rotated) {
-  return {product(tables, row_tile, layer_.down, layer_.down, 1, args_.intermediate, args_.hidden, rotated), 1};
+  return product(tables, row_tile, layer_.down, layer_.down, 1, args_.intermediate, args_.hidden, rotated);
 }
 
 BufferView TrellisEncoding::rotate_activations(const Sums& h) {
-  const BufferView rotated = stream_.scratch(row_bytes(args_.intermediate, 1));
+  const BufferView rotated = stream_.scratch(rotated_bytes(args_.intermediate, 1));
   const Pipeline& pipeline = engine_.pipeline(ROTATE_ACTIVATIONS_KERNEL);
   stream_.use(pipeline);
   bind_gate_up_sums(h);
@@ -228,7 +229,7 @@ void TrellisEncoding::unrotate_activations(const Sums& sums, const BufferView& i
 }
 
 BufferView TrellisEncoding::rotate_intermediate(const BufferView& h, const BufferView& inverse) {
-  const BufferView rotated = stream_.scratch(row_bytes(args_.intermediate, 1));
+  const BufferView rotated = stream_.scratch(rotated_bytes(args_.intermediate, 1));
   const Pipeline& pipeline = engine_.pipeline(ROTATE_INTERMEDIATE_KERNEL);
   stream_.use(pipeline);
   stream_.bind(0, h);

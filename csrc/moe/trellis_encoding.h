@@ -5,6 +5,7 @@
 #include "encode_group.h"
 
 #include "moe/rotate.h"
+#include "moe/rotated_row.h"
 
 namespace metal_moe {
 
@@ -46,10 +47,9 @@ private:
   };
   Slices slices(const Pipeline& pipeline, uint32_t inputs, uint32_t outputs, uint32_t count) const;
   void dispatch_decode(const Pipeline& pipeline, uint32_t outputs, uint32_t count, Slices slices, size_t bytes);
-  /// Rows fp32 [count, S, outputs] = rows of `from` fp32 [count, S, inputs] times the experts' tiles.
-  BufferView product(const GroupTables& tables, uint32_t row_tile, const QuantizedPart& first,
-                     const QuantizedPart& second, uint32_t count, uint32_t inputs, uint32_t outputs,
-                     const BufferView& from);
+  /// Sums of `count` matrices: rotated rows of `from` [count, S, rotated_stride] times the experts' tiles.
+  Sums product(const GroupTables& tables, uint32_t row_tile, const QuantizedPart& first, const QuantizedPart& second,
+               uint32_t count, uint32_t inputs, uint32_t outputs, const BufferView& from);
   /// Buffers 0 to 6 of the kernels that take activations from sums of gate and up.
   void bind_gate_up_sums(const Sums& sums);
   /// The dispatch of a kernel whose arguments are bound.
@@ -67,6 +67,10 @@ private:
   }
   size_t row_bytes(uint32_t columns, uint32_t count) const {
     return size_t(count) * args_.rows * rotate_padded(columns) * sizeof(float);
+  }
+  /// Of rotated rows, as products of row tiles take them.
+  size_t rotated_bytes(uint32_t columns, uint32_t count) const {
+    return size_t(count) * args_.rows * rotated_stride(rotate_blocks(columns)) * sizeof(float);
   }
   /// Records are not read here: codes as if all experts in use were as large as the average one.
   size_t code_bytes(const QuantizedPart& part) const;

@@ -20,13 +20,13 @@ constexpr uint rotate_padded(uint columns) { return rotate_blocks(columns) * HAD
 // Rows of assignments stand in order of assignment, a = token * top_k + slot; S = tokens * top_k. H' and I' are H and I
 // rounded up to multiples of 128. `gate` stands for the one matrix of layers without a gate. Scales (suh) and biases
 // (svh) are buffers of a part, tables hold its ExpertMatrix records. What a product made in `slices` slices of its
-// inputs is the sum of them.
+// inputs is the sum of them. rotated_stride: elements of 4 bytes, see rotated_row.h.
 //
-//  rotate_inputs      : 0 x [T, H], 1 ids, 2 gate scales, 3 gate table, 4 up scales, 5 up table, 6 out fp32
-//                       [1 or 2 (gate, up), S, H'], 7 RotateArgs. Grid (ceil(blocks of H / simdgroups), S, 1 or 2).
+//  rotate_inputs      : 0 x [T, H], 1 ids, 2 gate scales, 3 gate table, 4 up scales, 5 up table, 6 out [1 or 2
+//                       (gate, up), S, rotated_stride], 7 RotateArgs. Grid (ceil(blocks of H / simdgroups), S, 1 or 2).
 //  rotate_activations : 0 h fp32 [slices, 1 or 2, S, I'], 1 ids, 2 bias1 [E, 2I (gate, then up) or I], 3 gate biases,
-//                       4 gate table, 5 up biases, 6 up table, 7 down scales, 8 down table, 9 out fp32 [S, I'],
-//                       10 RotateArgs. Grid (ceil(blocks of I / simdgroups), S).
+//                       4 gate table, 5 up biases, 6 up table, 7 down scales, 8 down table, 9 out
+//                       [S, rotated_stride], 10 RotateArgs. Grid (ceil(blocks of I / simdgroups), S).
 //  rotate_outputs     : 0 y fp32 [slices, S, H'], 1 ids, 2 topk_weights, 3 bias2 [E, H], 4 down biases, 5 down table,
 //                       6 out [T, H], 7 RotateArgs; threadgroup 0: ROTATE_OUTPUT_BYTES. Grid (blocks of H, T).
 struct RotateArgs {

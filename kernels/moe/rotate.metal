@@ -38,7 +38,8 @@ void rotate_inputs(device const uchar* x [[buffer(0)]], device const int* ids [[
   float value[VALUES];
   rotated_input(x, ulong(assignment / args.top_k) * args.x_row_stride, suh, first, lane, args, value);
   const ulong place = ulong(threadgroup_position.z) * args.rows + assignment;
-  store_values(out + place * rotate_padded(args.hidden) + first, value);
+  const uint blocks = rotate_blocks(args.hidden);
+  store_rotated(out + place * rotated_stride(blocks), blocks, block, lane, value);
 }
 
 [[kernel, max_total_threads_per_threadgroup(THREADS)]]
@@ -61,7 +62,8 @@ void rotate_activations(device const float* h [[buffer(0)]], device const int* i
   scales.load(from, expert, first);
   float value[VALUES];
   rotated_activation(from, scales, assignment, expert, first, lane, args, value);
-  store_values(out + ulong(assignment) * rotate_padded(args.intermediate) + first, value);
+  const uint blocks = rotate_blocks(args.intermediate);
+  store_rotated(out + ulong(assignment) * rotated_stride(blocks), blocks, block, lane, value);
 }
 
 /// A lane's share of svh of a slot's expert.

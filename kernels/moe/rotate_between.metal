@@ -59,5 +59,6 @@ void rotate_intermediate(device const uchar* h [[buffer(0)]], device const int* 
   device const half* suh = lane_scales(down_scales, down_table[expert].scales, first);
   float value[VALUES];
   rotated_row(h, h_row(inverse, assignment, args), columns, args.rotate.type, suh, first, lane, value);
-  store_values(out + ulong(assignment) * rotate_padded(columns) + first, value);
+  const uint blocks = rotate_blocks(columns);
+  store_rotated(out + ulong(assignment) * rotated_stride(blocks), blocks, block, lane, value);
 }

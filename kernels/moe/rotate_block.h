@@ -5,6 +5,7 @@
 #include "../formats/expert_matrix.h"
 #include "activation.h"
 #include "rotate.h"
+#include "rotated_row.h"
 
 constexpr constant uint ROTATE_VALUES = HADAMARD_LANE_VALUES;
 
@@ -92,13 +93,6 @@ inline void load_values(device const float* from, ulong step, uint slices, ulong
       value[n][i] = sum[n][i];
   }
 #endif
-}
-
-/// A lane's share of a rotated block.
-inline void store_values(device float* to, thread const float (&value)[ROTATE_VALUES]) {
-  UNROLL_SHARE
-  for (uint i = 0; i < ROTATE_VALUES; ++i)
-    to[i] = value[i];
 }
 
 /// A lane's share of a row that begins at `from`, `count` columns of it from there on; then zeros.

@@ -1,4 +1,5 @@
-// A row of rotated activations in threadgroup memory, in blocks of 128, and its product with trellis weights.
+// A row of rotated activations in threadgroup memory, in blocks of 128, and its product with trellis weights; rows of
+// them in device memory.
 //
 // A tile's lanes: lane l decodes run l, 8 weights of 4 inputs and 2 outputs; the four lanes of one quarter, l / 4,
 // share those outputs. An engine with matrix instructions may keep the row in another form and divide tiles in another
@@ -10,6 +11,8 @@
 /// Threadgroup memory of a row of `blocks` blocks: its values, or two parts of half their size each, and a factor for
 /// each block.
 constexpr uint rotated_row_bytes(uint blocks) { return blocks * (HADAMARD_BLOCK + 1) * 4; }
+/// Elements, of four bytes, from a row in device memory to the next: the same, and a multiple of 16 bytes.
+constexpr uint rotated_stride(uint blocks) { return (blocks * (HADAMARD_BLOCK + 1) + 3) / 4 * 4; }
 
 #ifdef __METAL_VERSION__
 
@@ -20,6 +23,19 @@ inline void prefetch_codes(device const uint* codes, uint row_stride, uint bytes
     metal_sim::cuda_prefetch(codes + ulong(thread_index) * row_stride, bytes);
 #else
   (void)codes, (void)row_stride, (void)bytes, (void)rows, (void)thread_index;
+#endif
+}
+
+/// A lane's consecutive values of a block of a row in device memory, which has `blocks` blocks.
+inline void store_rotated(device float* row, uint blocks, uint block, uint lane,
+                          thread const float (&value)[HADAMARD_LANE_VALUES]) {
+#ifdef METAL_SIM_CUDA
+  metal_sim::CudaRotatedRow(row, blocks).store(block, lane, value);
+#else
+  (void)blocks;
+  UNROLL_SHARE
+  for (uint i = 0; i < HADAMARD_LANE_VALUES; ++i)
+    row[block * HADAMARD_BLOCK + lane * HADAMARD_LANE_VALUES + i] = value[i];
 #endif
 }
 

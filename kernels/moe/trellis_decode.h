@@ -3,6 +3,7 @@
 #pragma once
 #include "rotate.h"
 #include "rotated_row.h"
+#include "trellis_slices.h"
 
 /// Simdgroups of a threadgroup on a GPU, which divide its columns.
 SHARED_CONSTANT uint TRELLIS_DECODE_SIMDGROUPS = 8;
@@ -15,33 +16,8 @@ constexpr uint trellis_decode_columns(uint simd_width) {
 }
 /// The most blocks of 128 inputs of a slice: threadgroup memory of 8 KiB.
 SHARED_CONSTANT uint TRELLIS_DECODE_MAX_BLOCKS = 16;
-/// How many threadgroups a core of a GPU has at a time: the work of the core that has most of it decides.
-SHARED_CONSTANT uint TRELLIS_DECODE_AT_A_TIME = 3;
-/// The most slices: what one kernel sums up, each threadgroup of the next reads again.
-SHARED_CONSTANT uint TRELLIS_DECODE_SLICES = 16;
 /// Rows of tiles whose codes are asked for before the inputs are rotated: 32 KiB with four bits.
 SHARED_CONSTANT uint TRELLIS_DECODE_PREFETCH = 16;
-
-/// Into how many slices `blocks` blocks of 128 inputs are divided for so many threadgroups a slice, on a GPU: those
-/// that leave the busiest core least to do, in blocks, of which each threadgroup costs one more for its beginning.
-/// Cores with fewer threadgroups than they have room for are no faster for it.
-constexpr uint trellis_slices(uint blocks, uint threadgroups) {
-  uint best = 0, least = ~0u;
-  for (uint slices = (blocks + TRELLIS_DECODE_MAX_BLOCKS - 1) / TRELLIS_DECODE_MAX_BLOCKS;
-       best == 0 || (slices <= TRELLIS_DECODE_SLICES && slices <= blocks); ++slices) {
-    const uint most = (slices * threadgroups + LARGE_GPU_CORES - 1) / LARGE_GPU_CORES;
-    const uint work =
-        (most > TRELLIS_DECODE_AT_A_TIME ? most : TRELLIS_DECODE_AT_A_TIME) * ((blocks + slices - 1) / slices + 1);
-    if (work < least) {
-      least = work;
-      best = slices;
-    }
-  }
-  return best;
-}
-
-/// The first of `blocks` blocks that slice s has; slices differ by one block at most.
-constexpr uint trellis_slice(uint s, uint blocks, uint slices) { return s * blocks / slices; }
 
 // S = top_k assignments (of one token, but nothing depends on it), I' and H' as in rotate.h. P = 2 matrices, gate and
 // up; without a gate 1. Slice s begins with block trellis_slice(s) of the inputs; `blocks`: the most that one has.

@@ -16,11 +16,14 @@ constexpr uint trellis_product_memory(uint rows, bool matrix) {
   return matrix ? 2 * 16 * (HADAMARD_BLOCK + 1) * 4 : TRELLIS_PRODUCT_SIMDGROUPS * rows * TRELLIS_TILE * 4;
 }
 
-// Buffers: 0 x fp32 [1 or 2, S, inputs], 1 codes, 2 table of the first matrix, 3 codes, 4 table of the second,
-// 5 sorted_rows, 6 tiles, 7 out fp32 [1 or 2, S, outputs], 8 TrellisProductArgs; threadgroup 0: trellis_product_memory.
-// Rows stand in order of assignment. Grid: (outputs / 16 / trellis_product_tiles, tiles, 1 or 2).
+// Buffers: 0 x [1 or 2, S, rotated_stride], 1 codes, 2 table of the first matrix, 3 codes, 4 table of the second,
+// 5 sorted_rows, 6 tiles, 7 out fp32 [slices, 1 or 2, S, outputs], 8 TrellisProductArgs; threadgroup 0:
+// trellis_product_memory. Rows stand in order of assignment. Grid: (outputs / 16 / trellis_product_tiles, tiles,
+// slices * matrices).
 struct TrellisProductArgs {
   uint rows;    // S
   uint inputs;  // multiples of 128
   uint outputs; // multiples of 128
+  uint slices;  // of the inputs, see trellis_slices.h
+  uint matrices;
 };

@@ -11,23 +11,32 @@
 // With one-thread simdgroups the threadgroup walks eight columns of tiles, and sums by place in the tile. On NVIDIA
 // GPUs it makes eight columns of tiles on tensor cores, two of them a simdgroup (csrc/sim/msl/cuda_trellis_rows.h).
 //
+// Inputs are divided into slices where threadgroups are few; the kernel that follows adds their sums.
+//
 // Bytes: half_bits / 16 per weight of the experts in use, read once per row tile.
 #include "../formats/expert_matrix.h"
 #include "../formats/specialized.h"
 #include "../tiles/scalar.h"
 #include "group.h"
+#include "rotated_row.h"
 #include "trellis_product.h"
+#include "trellis_slices.h"
 
 constexpr constant uint SIMDGROUPS = simdgroups(TRELLIS_PRODUCT_SIMDGROUPS, SIMD_WIDTH);
 constexpr constant uint THREADS = SIMDGROUPS * SIMD_WIDTH;
 /// What threads' registers are to suffice for: three threadgroups at a time on an NVIDIA GPU.
 constexpr constant uint REGISTER_THREADS = 3 * THREADS;
 #ifdef METAL_SIM_CUDA
+/// For the compiler, as packed_least_threadgroups: all registers that REGISTER_THREADS leave. Tiles of four rows take
+/// 6% less time with them; of more, 3% less with four bits and 3% more with three.
+template <uint R>
+constexpr uint trellis_rows_least_threadgroups = 1;
 constexpr constant bool MATRIX = true;
 #else
 constexpr constant bool MATRIX = false;
 #endif
 constexpr constant uint TILES = trellis_product_tiles(SIMD_WIDTH, MATRIX);
+constexpr constant uint BLOCK_TILES = HADAMARD_BLOCK / TRELLIS_TILE;
 
 #ifdef METAL_SIM_CUDA
 /// R rows with one expert.
@@ -38,9 +47,11 @@ struct TrellisProduct {
 
   device const uint* codes; // the first tile
   uint row_stride;          // of tiles, words
-  uint inputs;
+  uint blocks;              // of the slice
   uint outputs;
-  device const float* x;
+  device const float* x; // the slice's first block
+  uint x_stride;
+  uint x_factor;             // from there to its factor
   device const uint* places; // of rows, in x and out
   device float* out;         // of the first column
   uint count;
@@ -51,9 +62,9 @@ struct TrellisProduct {
   template <uint HALF_BITS, uint CODEBOOK>
   void run() thread const {
     float sum[TILES / SIMDGROUPS][R / 4][2];
-    const auto row = [this](uint r) { return x + ulong(places[r]) * inputs; };
-    Rows(memory).template multiply<HALF_BITS, CODEBOOK>(codes, row_stride, inputs / HADAMARD_BLOCK, row, count,
-                                                        simdgroup, lane, sum);
+    const auto row = [this](uint r) { return x + ulong(places[r]) * x_stride; };
+    Rows(memory).template multiply<HALF_BITS, CODEBOOK>(codes, row_stride, blocks, row, x_factor, count, simdgroup,
+                                                        lane, sum);
     UNROLL
     for (uint f = 0; f < R / 4; ++f) {
       const uint r = 4 * f + lane % 4;
@@ -74,7 +85,7 @@ template <uint R>
 struct TrellisProduct {
   device const uint* codes; // the first tile
   uint row_stride;          // of tiles, words
-  uint inputs;
+  uint blocks;              // of the slice
   device const float* x[R];
   device float* out[R]; // of the first column; beyond `count` rows nothing is stored
   uint count;
@@ -91,7 +102,7 @@ struct TrellisProduct {
       for (uint r = 0; r < R; ++r)
         for (uint t = 0; t < TRELLIS_SUMS; ++t)
           sum[tile][r][t] = 0.0f;
-    for (uint k = 0; k < inputs; k += TRELLIS_TILE) {
+    for (uint k = 0; k < blocks * HADAMARD_BLOCK; k += TRELLIS_TILE) {
       float ordered[R][TRELLIS_ROUND];
       for (uint r = 0; r < count; ++r)
         for (uint t = 0; t < TRELLIS_ROUND; ++t)
@@ -113,7 +124,7 @@ struct TrellisProduct {
     UNROLL
     for (uint r = 0; r < R; ++r)
       sum[r][0] = sum[r][1] = 0.0f;
-    const uint tiles = inputs / TRELLIS_TILE;
+    const uint tiles = blocks * BLOCK_TILES;
     const uint first_input = trellis_input(lane, 0);
     // The next tile's words are on their way while this one is decoded.
     TrellisRun<HALF_BITS> words;
@@ -175,11 +186,12 @@ struct TrellisProduct {
 
 template <uint R>
 METAL_FUNC void trellis_product(device const uchar* codes, device const ExpertMatrix* table, uint code, uint expert,
-                                uint column, thread TrellisProduct<R>& product) {
+                                uint block, uint column, thread TrellisProduct<R>& product) {
   const ExpertMatrix record = table[expert];
   const uint half_bits = code ? code_half_bits(code) : record.half_bits;
   product.row_stride = record.codes_stride / 4;
   product.codes = reinterpret_cast<device const uint*>(codes + record.codes) +
+                  ulong(block * BLOCK_TILES) * product.row_stride +
                   column / TRELLIS_TILE * (trellis_tile_bytes(half_bits) / 4);
   with_trellis_code(half_bits, code ? code_codebook(code) : record.codebook, product);
 }
@@ -195,25 +207,32 @@ void trellis_rows(device const float* x [[buffer(0)]], device const uchar* first
                   uint thread_index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
                   uint lane [[thread_index_in_simdgroup]]) {
   const RowTile tile = tiles[threadgroup_position.y];
-  const uint matrix = threadgroup_position.z, column = threadgroup_position.x * TILES * TRELLIS_TILE;
+  const uint matrix = threadgroup_position.z % args.matrices, slice = threadgroup_position.z / args.matrices;
+  const uint column = threadgroup_position.x * TILES * TRELLIS_TILE;
   if (tile.rows == 0)
     return;
+  const uint blocks = args.inputs / HADAMARD_BLOCK, x_stride = rotated_stride(blocks);
+  const uint first_block = trellis_slice(slice, blocks, args.slices);
+  x += ulong(matrix) * args.rows * x_stride + first_block * HADAMARD_BLOCK;
+  out += ulong(threadgroup_position.z) * args.rows * args.outputs + column;
   TrellisProduct<R> product;
-  product.inputs = args.inputs;
+  product.blocks = trellis_slice(slice + 1, blocks, args.slices) - first_block;
 #ifdef METAL_SIM_CUDA
   (void)thread_index;
   product.outputs = args.outputs;
-  product.x = x + ulong(matrix) * args.rows * args.inputs;
+  product.x = x;
+  product.x_stride = x_stride;
+  product.x_factor = (blocks - first_block) * HADAMARD_BLOCK + first_block;
   product.places = sorted_rows + tile.first_row;
-  product.out = out + ulong(matrix) * args.rows * args.outputs + column;
+  product.out = out;
   product.memory = partial;
 #else
   UNROLL
   for (uint r = 0; r < R; ++r) {
     // Beyond the tile's rows its last again.
-    const ulong place = ulong(matrix) * args.rows + sorted_rows[tile.first_row + min(r, tile.rows - 1)];
-    product.x[r] = x + place * args.inputs;
-    product.out[r] = out + place * args.outputs + column;
+    const ulong place = sorted_rows[tile.first_row + min(r, tile.rows - 1)];
+    product.x[r] = x + place * x_stride;
+    product.out[r] = out + place * args.outputs;
   }
   product.partial = partial;
   product.thread_index = thread_index;
@@ -225,9 +244,9 @@ void trellis_rows(device const float* x [[buffer(0)]], device const uchar* first
   device const ExpertMatrix* table = matrix == 0 ? first_table : second_table;
   // Not a choice between codes: each call's is a constant where the kernel is compiled for it.
   if (matrix == 0 || FIRST_MATRIX == SECOND_MATRIX)
-    trellis_product(codes, table, FIRST_MATRIX, tile.expert, column, product);
+    trellis_product(codes, table, FIRST_MATRIX, tile.expert, first_block, column, product);
   else
-    trellis_product(codes, table, SECOND_MATRIX, tile.expert, column, product);
+    trellis_product(codes, table, SECOND_MATRIX, tile.expert, first_block, column, product);
 }
 
 template [[host_name("trellis_product_m4")]] [[kernel]] decltype(trellis_rows<4>) trellis_rows<4>;

@@ -7,6 +7,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <random>
 #include <string>
 #include <thread>
@@ -107,6 +108,15 @@ constexpr uint32_t ALL_LANES = ~0u;
 void cuda_load_once(const uint* from, uint4* to) { *to = {from[0], from[1], from[2], from[3]}; }
 void load_words(const uint* from, uint32_t& first, uint32_t& second) { first = from[0], second = from[1]; }
 void load_words(const uint* from, uint32_t& word) { word = *from; }
+
+void copy_async(uint4* to, const float* from, bool) { std::memcpy(to, from, sizeof(uint4)); }
+template <uint BYTES>
+void copy_async_part(float* to, const float* from, uint) {
+  std::memcpy(to, from, BYTES);
+}
+void copy_commit() {}
+template <uint PENDING>
+void copy_wait_own() {}
 
 uint32_t add_halves(uint32_t first, uint32_t second) {
   const auto sum = [](uint32_t word) {
@@ -246,18 +256,24 @@ void run_warps(uint count, Run run) {
     thread.join();
 }
 
+constexpr uint ROTATED_WORDS = BLOCKS * 129 * 4 / 16 + 1; // of 16 bytes
+
+void store_row(const CudaRotatedRow& to, const float* row, uint lane) {
+  for (uint block = 0; block < BLOCKS; ++block) {
+    const float* from = row + block * 128 + lane * 4;
+    const float value[4] = {from[0], from[1], from[2], from[3]};
+    to.store(block, lane, value);
+  }
+}
+
 template <uint HALF_BITS, uint CODEBOOK>
 double error_of(float scale) {
   Case<HALF_BITS, CODEBOOK> one(TILES, 1, scale);
 
-  std::vector<uint4> memory(BLOCKS * 129 * 4 / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});
+  std::vector<uint4> memory(ROTATED_WORDS, uint4{~0u, ~0u, ~0u, ~0u});
   run_warps(1, [&](uint, uint lane) {
     const CudaRotatedRow row(reinterpret_cast<float*>(memory.data()), BLOCKS);
-    for (uint block = 0; block < BLOCKS; ++block) {
-      const float* from = one.row(0) + block * 128 + lane * 4;
-      const float value[4] = {from[0], from[1], from[2], from[3]};
-      row.store(block, lane, value);
-    }
+    store_row(row, one.row(0), lane);
     __syncthreads();
     float sum[TILES][2];
     row.multiply<HALF_BITS, CODEBOOK, TILES>(one.codes(), one.row_stride, BLOCKS, lane, sum);
@@ -269,24 +285,33 @@ double error_of(float scale) {
   return one.error();
 }
 
-/// `count` of ROWS rows.
+/// `count` of ROWS rows; the first block is a slice of its own.
 template <uint HALF_BITS, uint CODEBOOK, uint ROWS>
 double error_of_rows(uint count) {
   constexpr uint WARPS = 4;
   using Product = CudaTrellisRows<ROWS, WARPS, TILES>;
   Case<HALF_BITS, CODEBOOK> one(WARPS * TILES, count, 1);
   std::vector<uint4> memory(Product::BYTES / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});
-  run_warps(WARPS, [&](uint warp, uint lane) {
-    const Product product(reinterpret_cast<float*>(memory.data()));
-    float sum[TILES][ROWS / 4][2];
-    product.template multiply<HALF_BITS, CODEBOOK>(
-        one.codes(), one.row_stride, BLOCKS, [&](uint r) { return one.row(r); }, count, warp, lane, sum);
-    for (uint i = 0; i < TILES; ++i)
-      for (uint f = 0; f < ROWS / 4; ++f)
-        for (uint h = 0; h < 2; ++h)
-          if (const uint r = 4 * f + lane % 4; r < count)
-            one.sums[(r * WARPS * TILES + warp * TILES + i) * 16 + lane / 4 + 8 * h] = sum[i][f][h];
+  std::vector<uint4> rotated(count * ROTATED_WORDS);
+  const auto row = [&](uint r) { return reinterpret_cast<float*>(rotated.data() + r * ROTATED_WORDS); };
+  run_warps(1, [&](uint, uint lane) {
+    for (uint r = 0; r < count; ++r)
+      store_row(CudaRotatedRow(row(r), BLOCKS), one.row(r), lane);
   });
+  std::ranges::fill(one.sums, 0.0f);
+  for (const auto& [first, blocks] : {std::pair{0u, 1u}, std::pair{1u, BLOCKS - 1}})
+    run_warps(WARPS, [&](uint warp, uint lane) {
+      const Product product(reinterpret_cast<float*>(memory.data()));
+      float sum[TILES][ROWS / 4][2];
+      product.template multiply<HALF_BITS, CODEBOOK>(
+          one.codes() + first * 8 * one.row_stride, one.row_stride, blocks,
+          [&](uint r) { return row(r) + first * 128; }, (BLOCKS - first) * 128 + first, count, warp, lane, sum);
+      for (uint i = 0; i < TILES; ++i)
+        for (uint f = 0; f < ROWS / 4; ++f)
+          for (uint h = 0; h < 2; ++h)
+            if (const uint r = 4 * f + lane % 4; r < count)
+              one.sums[(r * WARPS * TILES + warp * TILES + i) * 16 + lane / 4 + 8 * h] += sum[i][f][h];
+    });
   return one.error();
 }
 

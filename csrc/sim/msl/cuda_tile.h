@@ -42,7 +42,7 @@ METAL_FUNC void copy_async_part(void* to, const void* from, uint count) {
                "r"(count)
                : "memory");
 }
-/// copy_wait for what the same warp reads, with ordinary loads.
+/// copy_wait for what is read with ordinary loads, by the same warp or behind a barrier.
 template <uint PENDING>
 METAL_FUNC void copy_wait_own() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");

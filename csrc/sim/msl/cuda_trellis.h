@@ -199,18 +199,10 @@ METAL_FUNC void trellis_multiply_add(float (&sum)[FRAGMENTS][4], const uint32_t 
     trellis_multiply_add<HALF_BITS, CODEBOOK, RUN + 1>(sum, stream, x, values);
 }
 
-/// Where a column of a second factor's 16 bytes (step, part, q) is: eight columns change places, so that neither the
-/// lanes of a load nor those of a store want the same banks.
-template <uint COLUMNS>
-METAL_FUNC constexpr uint trellis_column(uint column, uint part, uint q) {
-  return COLUMNS == 8 ? column ^ (2 * q + part) : column;
-}
-
-/// Splits a block of 128 of a row of x into columns 2 * row and 2 * row + 1 of a second factor in shared memory. 16
-/// bytes (step, part, q, column) of it are words 4 * part to 4 * part + 3 of tile 4 * step + q. A lane has four
-/// consecutive values. The factor of the block, in all lanes.
-template <uint COLUMNS>
-METAL_FUNC float store_trellis_block(uint4* words, uint block, uint row, uint lane, const float (&value)[4]) {
+/// Splits block number `block` of 128 of a row of x into the two columns of a second factor: 16 bytes (step, part, q,
+/// column) of it are words 4 * part to 4 * part + 3 of tile 4 * step + q. A lane has four consecutive values. The
+/// factor of the block, in all lanes.
+METAL_FUNC float store_trellis_block(uint4* words, uint block, uint lane, const float (&value)[4]) {
   uint32_t largest = 0;
 #pragma unroll
   for (uint i = 0; i < 4; ++i)
@@ -226,11 +218,10 @@ METAL_FUNC float store_trellis_block(uint4* words, uint block, uint row, uint la
     part[0][i] = high.bits, part[1][i] = low.bits;
   }
   const uint tile = lane / 4, quarter = lane % 4;
-  uint4* of_tile = words + (((2 * block + tile / 4) * 2 + quarter % 2) * 4 + tile % 4) * COLUMNS;
+  uint4* of_tile = words + (((2 * block + tile / 4) * 2 + quarter % 2) * 4 + tile % 4) * 2;
 #pragma unroll
   for (uint column = 0; column < 2; ++column) {
-    uint32_t* to =
-        reinterpret_cast<uint32_t*>(of_tile + trellis_column<COLUMNS>(2 * row + column, quarter % 2, tile % 4));
+    uint32_t* to = reinterpret_cast<uint32_t*>(of_tile + column);
     to[quarter / 2] = part[column][0] | uint32_t(part[column][1]) << 16;
     to[quarter / 2 + 2] = part[column][2] | uint32_t(part[column][3]) << 16;
   }
@@ -242,8 +233,41 @@ METAL_FUNC float trellis_row_sum(float factor, float high, float low) {
   return factor * (high + low * (1.0f / 2048.0f));
 }
 
+/// A lane's codes of two steps, which make a block: those of a step, columns g of TILES tiles of four rows of tiles,
+/// are asked for two steps ahead.
+template <uint HALF_BITS, uint TILES>
+struct TrellisCodesAhead {
+  const uint* from;   // of the lane's row of tiles
+  size_t step_stride; // words
+  uint g;
+  TrellisCodes<HALF_BITS> of_step[2][TILES];
+
+  METAL_FUNC TrellisCodesAhead(const uint* first, uint row_stride, uint lane)
+      : from(first + size_t(lane % 4) * row_stride), step_stride(size_t(4) * row_stride), g(lane / 4) {
+    load(0);
+    load(1);
+  }
+
+  METAL_FUNC void load(uint s) {
+#pragma unroll
+    for (uint i = 0; i < TILES; ++i)
+      of_step[s][i].load(from + s * step_stride + i * (4 * HALF_BITS), g);
+  }
+  METAL_FUNC void next_block() { from += 2 * step_stride; }
+
+  /// The streams of a step of this block. MORE: then asks for that of the next one, which `from` is at.
+  template <bool MORE, uint COUNT>
+  METAL_FUNC void take(uint s, uint lane, uint32_t (&stream)[TILES][COUNT]) {
+#pragma unroll
+    for (uint i = 0; i < TILES; ++i)
+      of_step[s][i].align(lane, stream[i]);
+    if (MORE)
+      load(s);
+  }
+};
+
 /// A row of x in shared memory, as the second factor, then the factors of blocks of 128: RotatedRow of
-/// moe/rotated_row.h.
+/// moe/rotated_row.h. Rows that several threadgroups multiply are stored like that in device memory.
 struct CudaRotatedRow {
   static constexpr uint BLOCK = 128;
   static constexpr uint STEP_WORDS = 16; // of 16 bytes: x of a step, four tiles
@@ -254,7 +278,7 @@ struct CudaRotatedRow {
       : words(reinterpret_cast<uint4*>(memory)), factor(memory + blocks * BLOCK) {}
 
   METAL_FUNC void store(uint block, uint lane, const float (&value)[4]) const {
-    const float of_block = store_trellis_block<2>(words, block, 0, lane, value);
+    const float of_block = store_trellis_block(words, block, lane, value);
     if (lane == 0)
       factor[block] = of_block;
   }
@@ -262,43 +286,25 @@ struct CudaRotatedRow {
   /// RotatedRow::multiply: sum[i] of column i of tiles, in lanes with q = 0 for outputs g and g + 8.
   template <uint HALF_BITS, uint CODEBOOK, uint TILES>
   METAL_FUNC void multiply(const uint* first, uint row_stride, uint blocks, uint lane, float (&sum)[TILES][2]) const {
-    const uint g = lane / 4, q = lane % 4;
     const TrellisValues<CODEBOOK> values(lane);
-    const uint4* x = words + q * 2 + g % 2; // columns beyond the two are never looked at
-    CodesAhead<HALF_BITS, TILES> codes{first + size_t(q) * row_stride, size_t(4) * row_stride, g, {}};
+    const uint4* x = words + lane % 4 * 2 + lane / 4 % 2; // columns beyond the two are never looked at
+    TrellisCodesAhead<HALF_BITS, TILES> codes(first, row_stride, lane);
 #pragma unroll
     for (uint i = 0; i < TILES; ++i)
       sum[i][0] = sum[i][1] = 0.0f;
-    codes.load(0);
-    codes.load(1);
     for (uint block = 0; block + 1 < blocks; ++block) {
-      codes.from += 2 * codes.step_stride;
+      codes.next_block();
       add_block<true>(codes, x, values, factor[block], lane, sum);
     }
     add_block<false>(codes, x, values, factor[blocks - 1], lane, sum);
   }
 
 private:
-  /// A lane's codes of two steps, each of four rows of tiles: those of a step are asked for two steps ahead.
-  template <uint HALF_BITS, uint TILES>
-  struct CodesAhead {
-    const uint* from;
-    size_t step_stride; // words
-    uint g;
-    TrellisCodes<HALF_BITS> of_step[2][TILES];
-
-    METAL_FUNC void load(uint s) {
-#pragma unroll
-      for (uint i = 0; i < TILES; ++i)
-        of_step[s][i].load(from + s * step_stride + i * (4 * HALF_BITS), g);
-    }
-  };
-
   /// sum += the products of a block, the first of x, which then begins with the next. MORE: codes of that one are asked
   /// for. The last block has a copy of the code of its own: a load that may not be wanted would keep the registers that
   /// it loads to.
   template <bool MORE, uint HALF_BITS, uint TILES, uint CODEBOOK>
-  METAL_FUNC static void add_block(CodesAhead<HALF_BITS, TILES>& codes, const uint4*& x,
+  METAL_FUNC static void add_block(TrellisCodesAhead<HALF_BITS, TILES>& codes, const uint4*& x,
                                    const TrellisValues<CODEBOOK>& values, const float& factor, uint lane,
                                    float (&sum)[TILES][2]) {
     float part[TILES][1][4] = {};
@@ -313,14 +319,10 @@ private:
   }
 
   template <uint S, bool MORE, uint HALF_BITS, uint TILES, uint CODEBOOK>
-  METAL_FUNC static void add_step(CodesAhead<HALF_BITS, TILES>& codes, const uint4* x,
+  METAL_FUNC static void add_step(TrellisCodesAhead<HALF_BITS, TILES>& codes, const uint4* x,
                                   const TrellisValues<CODEBOOK>& values, float (&part)[TILES][1][4], uint lane) {
     uint32_t stream[TILES][TrellisCodes<HALF_BITS>::WORDS + 2];
-#pragma unroll
-    for (uint i = 0; i < TILES; ++i)
-      codes.of_step[S][i].align(lane, stream[i]);
-    if (MORE)
-      codes.load(S);
+    codes.template take<MORE>(S, lane, stream);
     const uint4 first = x[S * STEP_WORDS], second = x[S * STEP_WORDS + STEP_WORDS / 2];
     const uint32_t fragment[1][8] = {{first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w}};
 #pragma unroll
