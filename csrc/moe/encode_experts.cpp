@@ -113,6 +113,7 @@ LayerShape layer_shape(const TensorView& x, const ExpertsLayer& layer, int64_t t
   shape.dtype = x.dtype;
   shape.gated = layer.activation != ACTIVATION_RELU2;
   shape.trellis = layer.trellis_gate_up || layer.trellis_down;
+  shape.trellis_alone = layer.trellis();
   shape.quantized_gate_up_bytes = part_bytes(layer.gate) + part_bytes(layer.up);
   shape.quantized_down_bytes = part_bytes(layer.down);
   shape.quantized_shared_gate_up_bytes = part_bytes(layer.shared_gate) + part_bytes(layer.shared_up);

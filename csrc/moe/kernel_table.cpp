@@ -87,6 +87,7 @@ std::vector<KernelEntry> build_table() {
   for (auto [index, name, stage] : {std::tuple{TRELLIS_PRODUCT_M4_KERNEL, "trellis_product_m4", Stage::TrellisProduct},
                                     {TRELLIS_PRODUCT_M8_KERNEL, "trellis_product_m8", Stage::TrellisProduct},
                                     {TRELLIS_PRODUCT_M16_KERNEL, "trellis_product_m16", Stage::TrellisProduct},
+                                    {TRELLIS_PRODUCT_M64_KERNEL, "trellis_product_m64", Stage::TrellisProduct},
                                     {TRELLIS_GATE_UP_DECODE_KERNEL, "trellis_gate_up_decode", Stage::TrellisGateUp},
                                     {TRELLIS_DOWN_DECODE_KERNEL, "trellis_down_decode", Stage::TrellisDown},
                                     {ROTATE_INPUTS_KERNEL, "rotate_inputs", Stage::Rotate},

@@ -2,6 +2,7 @@
 
 #include "formats/matrix_code.h"
 #include "moe/group.h"
+#include "moe/trellis_product.h"
 
 #include <algorithm>
 
@@ -53,7 +54,8 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
   if (plan.grouped || shape.trellis) // rows of trellis weights may be grouped where those of the other product are not
     check_grouping(shape, rows);
 
-  // Products with trellis weights have the smallest row tile of each family.
+  // Products with trellis weights have the smallest row tile of each family; where experts have many rows and no other
+  // kernel shares the tiles, the largest.
   const uint64_t routed_rows = shape.trellis ? 0 : uint64_t(shape.tokens) * shape.top_k;
   const uint32_t widest = std::max(shape.intermediate, shape.shared_intermediate);
   const bool few_tiles = rows <= PACKED_SHORT_ASSIGNMENTS;
@@ -73,6 +75,9 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
     variant = QUANTIZED_VARIANTS[place]; // of both products: they share the row tile
   plan.variant = &VARIANTS[variant];
   plan.row_tile = family == Family::Prefill4 && !shape.trellis ? tuning.prefill4_row_tile : plan.variant->row_tile;
+  if (shape.trellis_alone && family == Family::LargeBatch &&
+      uint64_t(shape.tokens) * shape.top_k >= uint64_t(tuning.trellis_many_rows) * shape.experts)
+    plan.row_tile = TRELLIS_PRODUCT_MOST_ROWS;
   const auto kernel = [&](Stage stage, size_t quantized_bytes) {
     return quantized_bytes ? quantized_kernel(place, stage, shape.dtype)
                            : expert_kernel(variant, stage, shape.dtype, plan.fp32_accumulation);

@@ -17,7 +17,8 @@ struct LayerShape {
   uint32_t shared_intermediate = 0; // 0 where there are none
   Dtype dtype = Dtype::Fp32;
   bool gated = true;
-  bool trellis = false; // one of the products has trellis weights, or both
+  bool trellis = false;       // one of the products has trellis weights, or both
+  bool trellis_alone = false; // both have
   /// Bytes of one expert's quantised weights; 0: dense.
   size_t quantized_gate_up_bytes = 0;
   size_t quantized_down_bytes = 0;

@@ -16,7 +16,8 @@ namespace {
 KernelIndex product_kernel(uint32_t row_tile) {
   return row_tile <= TRELLIS_PRODUCT_ROWS ? TRELLIS_PRODUCT_M4_KERNEL
          : row_tile <= 8                  ? TRELLIS_PRODUCT_M8_KERNEL
-                                          : TRELLIS_PRODUCT_M16_KERNEL;
+         : row_tile <= 16                 ? TRELLIS_PRODUCT_M16_KERNEL
+                                          : TRELLIS_PRODUCT_M64_KERNEL;
 }
 
 } // namespace
@@ -144,9 +145,9 @@ TrellisEncoding::Sums TrellisEncoding::product(const GroupTables& tables, uint32
   const Pipeline& pipeline = engine_.pipeline(product_kernel(row_tile), {{first.code, second.code}});
   record_codes(pipeline, &first == &layer_.down);
   const bool matrix = engine_.tuning().packed_products;
-  const uint32_t columns = TRELLIS_TILE * trellis_product_tiles(pipeline.simd_width, matrix);
-  const uint32_t blocks = rotate_blocks(inputs), threadgroups = rotate_padded(outputs) / columns * tables.max_tiles;
-  const uint32_t slices = pipeline.simd_width == 1 ? 1 : trellis_slices(blocks, threadgroups * count, blocks);
+  const uint32_t columns = rotate_padded(outputs) / (TRELLIS_TILE * trellis_product_tiles(pipeline.simd_width, matrix));
+  const uint32_t blocks = rotate_blocks(inputs), threadgroups = columns * tables.max_tiles * count;
+  const uint32_t slices = pipeline.simd_width == 1 ? 1 : trellis_slices(blocks, threadgroups, blocks);
   const TrellisProductArgs product{args_.rows, rotate_padded(inputs), rotate_padded(outputs), slices, count};
   const Sums to{stream_.scratch(slices * row_bytes(outputs, count)), slices};
   stream_.use(pipeline);
@@ -160,7 +161,7 @@ TrellisEncoding::Sums TrellisEncoding::product(const GroupTables& tables, uint32
   stream_.bind(7, to.view);
   stream_.bind_value(8, product);
   stream_.threadgroup_memory(0, trellis_product_memory(row_tile, matrix));
-  stream_.dispatch(MTL::Size(product.outputs / columns, tables.max_tiles, slices * count),
+  stream_.dispatch(MTL::Size(columns, tables.max_tiles, slices * count),
                    simdgroups(TRELLIS_PRODUCT_SIMDGROUPS, pipeline.simd_width) * pipeline.simd_width,
                    count * code_bytes(first) + rotated_bytes(inputs, count) + slices * row_bytes(outputs, count));
   return to;

@@ -65,11 +65,12 @@ const Tuning& tuning_for(const std::string& engine) {
                            .row_tile_per_mean_rows = 1.5f,
                            .largest_row_tile = 128,
                            .trellis_large_batch_rows = 4,
+                           .trellis_many_rows = 20,
                            .packed_products = true,
                            .threadgroups_of_memory = 2,
                            .threadgroup_pad_bytes = 0};
   // The published table, but every kernel is selected for some shape.
-  static const Tuning exact{.largest_row_tile = 128};
+  static const Tuning exact{.largest_row_tile = 128, .trellis_many_rows = 24};
   // "null" is the native engine in all but running.
   return engine == "native" || engine == "null" ? native
          : engine == "cuda"                     ? cuda

@@ -54,6 +54,8 @@ struct Tuning {
   /// Layers whose weights are all trellis codes are large_batch where an expert has as many rows in the mean, otherwise
   /// prefill4, where they are not decode.
   uint32_t trellis_large_batch_rows = UINT32_MAX;
+  /// Their row tiles have TRELLIS_PRODUCT_MOST_ROWS in large_batch where an expert has as many rows in the mean.
+  uint32_t trellis_many_rows = UINT32_MAX;
   /// Rows up to which a small product (csrc/linear) runs in dot products: those that share a weight in registers.
   uint32_t product_gemv_rows = MATMUL_GEMV_ROWS;
   /// Whether kernels decode 4-bit affine codes, and trellis codes for rows, straight into operands of matrix

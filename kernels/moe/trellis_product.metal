@@ -1,9 +1,9 @@
-// trellis_product_m4, _m8, _m16: rows times the tiles of trellis weights, without rotations.
+// trellis_product_m4, _m8, _m16, _m64: rows times the tiles of trellis weights, without rotations.
 //
 //   out[p, a, n] = sum over k of What_p[expert(a)][k, n] * x[p, a, k],  p = first, second matrix
 //
 // Layouts: see trellis_product.h, and trellis.h for tiles. A threadgroup takes a row tile, up to
-// 4, 8 or 16 rows of one expert, which share decoded weights. Bits and codebook are those of the expert's
+// 4, 8, 16 or 64 rows of one expert, which share decoded weights. Bits and codebook are those of the expert's
 // record, found once for a threadgroup, so that a layer may mix them.
 //
 // On a GPU a threadgroup makes the 16 outputs of one column of tiles; its simdgroups take rows of tiles in turn. A lane
@@ -24,13 +24,15 @@
 
 constexpr constant uint SIMDGROUPS = simdgroups(TRELLIS_PRODUCT_SIMDGROUPS, SIMD_WIDTH);
 constexpr constant uint THREADS = SIMDGROUPS * SIMD_WIDTH;
-/// What threads' registers are to suffice for: three threadgroups at a time on an NVIDIA GPU.
+/// What threads' registers are to suffice for: three threadgroups at a time on an NVIDIA GPU; two of 64 rows.
 constexpr constant uint REGISTER_THREADS = 3 * THREADS;
+constexpr constant uint MANY_ROWS_REGISTER_THREADS = 2 * THREADS;
 #ifdef METAL_SIM_CUDA
 /// For the compiler, as packed_least_threadgroups: all registers that REGISTER_THREADS leave. Tiles of four rows take
 /// 6% less time with them; of more, 3% less with four bits and 3% more with three.
 template <uint R>
 constexpr uint trellis_rows_least_threadgroups = 1;
+constexpr uint trellis_product_m64_least_threadgroups = 1;
 constexpr constant bool MATRIX = true;
 #else
 constexpr constant bool MATRIX = false;
@@ -42,7 +44,8 @@ constexpr constant uint BLOCK_TILES = HADAMARD_BLOCK / TRELLIS_TILE;
 /// R rows with one expert.
 template <uint R>
 struct TrellisProduct {
-  using Rows = metal_sim::CudaTrellisRows<R, SIMDGROUPS, TILES / SIMDGROUPS>;
+  static constexpr constant uint OWN_TILES = TILES / SIMDGROUPS; // of a simdgroup
+  using Rows = metal_sim::CudaTrellisRows<R, SIMDGROUPS, OWN_TILES>;
   static_assert(Rows::BYTES == trellis_product_memory(R, MATRIX), "what the host gives");
 
   device const uint* codes; // the first tile
@@ -61,7 +64,7 @@ struct TrellisProduct {
 
   template <uint HALF_BITS, uint CODEBOOK>
   void run() thread const {
-    float sum[TILES / SIMDGROUPS][R / 4][2];
+    float sum[OWN_TILES][R / 4][2];
     const auto row = [this](uint r) { return x + ulong(places[r]) * x_stride; };
     Rows(memory).template multiply<HALF_BITS, CODEBOOK>(codes, row_stride, blocks, row, x_factor, count, simdgroup,
                                                         lane, sum);
@@ -70,9 +73,9 @@ struct TrellisProduct {
       const uint r = 4 * f + lane % 4;
       if (r >= count)
         continue;
-      device float* to = out + ulong(places[r]) * outputs + simdgroup * (TILES / SIMDGROUPS) * TRELLIS_TILE + lane / 4;
+      device float* to = out + ulong(places[r]) * outputs + simdgroup * OWN_TILES * TRELLIS_TILE + lane / 4;
       UNROLL
-      for (uint i = 0; i < TILES / SIMDGROUPS; ++i) {
+      for (uint i = 0; i < OWN_TILES; ++i) {
         to[i * TRELLIS_TILE] = sum[i][f][0];
         to[i * TRELLIS_TILE + TRELLIS_TILE / 2] = sum[i][f][1];
       }
@@ -196,21 +199,16 @@ METAL_FUNC void trellis_product(device const uchar* codes, device const ExpertMa
   with_trellis_code(half_bits, code ? code_codebook(code) : record.codebook, product);
 }
 
+/// A row tile's share of a threadgroup.
 template <uint R>
-[[kernel, max_total_threads_per_threadgroup(REGISTER_THREADS)]]
-void trellis_rows(device const float* x [[buffer(0)]], device const uchar* first_codes [[buffer(1)]],
-                  device const ExpertMatrix* first_table [[buffer(2)]], device const uchar* second_codes [[buffer(3)]],
-                  device const ExpertMatrix* second_table [[buffer(4)]], device const uint* sorted_rows [[buffer(5)]],
-                  device const RowTile* tiles [[buffer(6)]], device float* out [[buffer(7)]],
-                  constant TrellisProductArgs& args [[buffer(8)]], threadgroup float* partial [[threadgroup(0)]],
-                  uint3 threadgroup_position [[threadgroup_position_in_grid]],
-                  uint thread_index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-                  uint lane [[thread_index_in_simdgroup]]) {
-  const RowTile tile = tiles[threadgroup_position.y];
+METAL_FUNC void trellis_row_tile(device const float* x, device const uchar* first_codes,
+                                 device const ExpertMatrix* first_table, device const uchar* second_codes,
+                                 device const ExpertMatrix* second_table, device const uint* sorted_rows,
+                                 thread const RowTile& tile, device float* out, constant TrellisProductArgs& args,
+                                 threadgroup float* partial, uint3 threadgroup_position, uint thread_index,
+                                 uint simdgroup, uint lane) {
   const uint matrix = threadgroup_position.z % args.matrices, slice = threadgroup_position.z / args.matrices;
   const uint column = threadgroup_position.x * TILES * TRELLIS_TILE;
-  if (tile.rows == 0)
-    return;
   const uint blocks = args.inputs / HADAMARD_BLOCK, x_stride = rotated_stride(blocks);
   const uint first_block = trellis_slice(slice, blocks, args.slices);
   x += ulong(matrix) * args.rows * x_stride + first_block * HADAMARD_BLOCK;
@@ -249,6 +247,44 @@ void trellis_rows(device const float* x [[buffer(0)]], device const uchar* first
     trellis_product(codes, table, SECOND_MATRIX, tile.expert, first_block, column, product);
 }
 
+template <uint R>
+[[kernel, max_total_threads_per_threadgroup(REGISTER_THREADS)]]
+void trellis_rows(device const float* x [[buffer(0)]], device const uchar* first_codes [[buffer(1)]],
+                  device const ExpertMatrix* first_table [[buffer(2)]], device const uchar* second_codes [[buffer(3)]],
+                  device const ExpertMatrix* second_table [[buffer(4)]], device const uint* sorted_rows [[buffer(5)]],
+                  device const RowTile* tiles [[buffer(6)]], device float* out [[buffer(7)]],
+                  constant TrellisProductArgs& args [[buffer(8)]], threadgroup float* partial [[threadgroup(0)]],
+                  uint3 threadgroup_position [[threadgroup_position_in_grid]],
+                  uint thread_index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+                  uint lane [[thread_index_in_simdgroup]]) {
+  const RowTile tile = tiles[threadgroup_position.y];
+  if (tile.rows > 0)
+    trellis_row_tile<R>(x, first_codes, first_table, second_codes, second_table, sorted_rows, tile, out, args, partial,
+                        threadgroup_position, thread_index, simdgroup, lane);
+}
+
 template [[host_name("trellis_product_m4")]] [[kernel]] decltype(trellis_rows<4>) trellis_rows<4>;
 template [[host_name("trellis_product_m8")]] [[kernel]] decltype(trellis_rows<8>) trellis_rows<8>;
 template [[host_name("trellis_product_m16")]] [[kernel]] decltype(trellis_rows<16>) trellis_rows<16>;
+
+/// Without matrix instructions 64 rows have more sums than there are registers: 16 at a time.
+[[kernel, max_total_threads_per_threadgroup(MANY_ROWS_REGISTER_THREADS)]]
+void trellis_product_m64(device const float* x [[buffer(0)]], device const uchar* first_codes [[buffer(1)]],
+                         device const ExpertMatrix* first_table [[buffer(2)]],
+                         device const uchar* second_codes [[buffer(3)]],
+                         device const ExpertMatrix* second_table [[buffer(4)]],
+                         device const uint* sorted_rows [[buffer(5)]], device const RowTile* tiles [[buffer(6)]],
+                         device float* out [[buffer(7)]], constant TrellisProductArgs& args [[buffer(8)]],
+                         threadgroup float* partial [[threadgroup(0)]],
+                         uint3 threadgroup_position [[threadgroup_position_in_grid]],
+                         uint thread_index [[thread_index_in_threadgroup]],
+                         uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  constexpr uint R = MATRIX ? TRELLIS_PRODUCT_MOST_ROWS : 16;
+  const RowTile tile = tiles[threadgroup_position.y];
+  for (uint first = 0; first < tile.rows; first += R) {
+    const RowTile piece{tile.expert, tile.first_row + first, min(tile.rows - first, R), 0};
+    trellis_row_tile<R>(x, first_codes, first_table, second_codes, second_table, sorted_rows, piece, out, args, partial,
+                        threadgroup_position, thread_index, simdgroup, lane);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}

@@ -3,7 +3,10 @@
 #include "formats/matrix_code.h"
 
 #include "moe/group.h"
+#include "moe/trellis_product.h"
+#include "moe/trellis_slices.h"
 
+#include <algorithm>
 #include <map>
 #include <random>
 #include <set>
@@ -319,6 +322,37 @@ TEST(Plan, RowTilesComeFromTheIdsWhereEachAssignmentHasALane) {
   }
   EXPECT_FALSE(from_ids({}, Family::Decode, 6, 64));
   EXPECT_FALSE(from_ids({}, Family::LargeBatch, 6, 1)) << "row tiles of 32";
+}
+
+TEST(Plan, TrellisWeightsHaveLargeRowTilesWhereExpertsHaveManyRows) {
+  LayerShape shape = glm();
+  shape.shared = shape.shared_intermediate = 0;
+  shape.trellis = shape.trellis_alone = true;
+  const Tuning& cuda = tuning_for("cuda");
+  const auto row_tile = [&](const Tuning& tuning, Family family, uint32_t mean_rows) {
+    shape.tokens = mean_rows * shape.experts / shape.top_k;
+    return plan_experts(tuning, family, shape, true).row_tile;
+  };
+  EXPECT_EQ(row_tile(cuda, Family::LargeBatch, cuda.trellis_many_rows), TRELLIS_PRODUCT_MOST_ROWS);
+  EXPECT_EQ(row_tile(cuda, Family::LargeBatch, cuda.trellis_many_rows - 1), 16u);
+  EXPECT_EQ(row_tile(cuda, Family::Base, 1000), BASE_ROW_TILE);
+  EXPECT_EQ(row_tile({}, Family::LargeBatch, 1000), 16u) << "without matrix instructions";
+  shape.trellis_alone = false;
+  EXPECT_EQ(row_tile(cuda, Family::LargeBatch, 1000), 16u) << "the other product's kernels share the tiles";
+}
+
+TEST(Trellis, SlicesFillTheCoresOfALargeGpu) {
+  EXPECT_EQ(trellis_slices(112, 10000, 112), 1u) << "threadgroups enough";
+  EXPECT_EQ(trellis_slices(1, 1, 1), 1u) << "nothing to divide";
+  EXPECT_EQ(trellis_slices(112, 256, 112), 2u) << "512 threadgroups of 56 blocks";
+  EXPECT_GE(trellis_slices(112, 10000, 16), 7u) << "no more than 16 blocks each";
+  for (uint32_t blocks : {1u, 5u, 16u, 112u})
+    for (uint32_t slices = 1; slices <= std::min(blocks, TRELLIS_SLICES); ++slices) {
+      EXPECT_EQ(trellis_slice(0, blocks, slices), 0u);
+      EXPECT_EQ(trellis_slice(slices, blocks, slices), blocks);
+      for (uint32_t s = 0; s < slices; ++s)
+        EXPECT_GT(trellis_slice(s + 1, blocks, slices), trellis_slice(s, blocks, slices)) << "none is empty";
+    }
 }
 
 TEST(Plan, RefusesMoreThanTheGroupingKernelTakes) {

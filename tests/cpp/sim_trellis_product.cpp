@@ -348,6 +348,8 @@ TEST(TrellisProduct, TilesOfRows) {
   EXPECT_LT((error_of_rows<7, CUDA_TRELLIS_MUL1, 8>(5)), ROUNDING);
   EXPECT_LT((error_of_rows<8, CUDA_TRELLIS_3INST, 16>(16)), ROUNDING);
   EXPECT_LT((error_of_rows<9, CUDA_TRELLIS_MUL1, 16>(9)), ROUNDING);
+  EXPECT_LT((error_of_rows<8, CUDA_TRELLIS_MUL1, 64>(64)), ROUNDING);
+  EXPECT_LT((error_of_rows<6, CUDA_TRELLIS_MCG, 64>(19)), ROUNDING);
 }
 
 /// Every state: a warp decodes 256 of them at a time.

@@ -179,11 +179,9 @@ struct TrellisValues<CUDA_TRELLIS_MUL1> {
   }
 };
 
-/// sum[f] += runs RUN to 3 of a lane's columns times x[f], the lane's eight words: inputs 2j, 2j + 1 and 2j + 8, 2j + 9
-/// of its tile in words 2j and 2j + 1.
-template <uint HALF_BITS, uint CODEBOOK, uint RUN = 0, uint COUNT, uint FRAGMENTS>
-METAL_FUNC void trellis_multiply_add(float (&sum)[FRAGMENTS][4], const uint32_t (&stream)[COUNT],
-                                     const uint32_t (&x)[FRAGMENTS][8], const TrellisValues<CODEBOOK>& values) {
+/// Run RUN of a lane's column as a first factor, whose inputs are 2 * RUN, 2 * RUN + 1 and eight more each.
+template <uint HALF_BITS, uint CODEBOOK, uint RUN, uint COUNT>
+METAL_FUNC void trellis_run(uint32_t (&a)[4], const uint32_t (&stream)[COUNT], const TrellisValues<CODEBOOK>& values) {
   const uint32_t state[8] = {
       trellis_state_twice<HALF_BITS, 8 * RUN>(stream),     trellis_state_twice<HALF_BITS, 8 * RUN + 1>(stream),
       trellis_state_twice<HALF_BITS, 8 * RUN + 2>(stream), trellis_state_twice<HALF_BITS, 8 * RUN + 3>(stream),
@@ -191,7 +189,25 @@ METAL_FUNC void trellis_multiply_add(float (&sum)[FRAGMENTS][4], const uint32_t 
       trellis_state_twice<HALF_BITS, 8 * RUN + 6>(stream), trellis_state_twice<HALF_BITS, 8 * RUN + 7>(stream)};
   uint32_t value[4];
   values(state, value);
-  const uint32_t a[4] = {value[0], value[2], value[1], value[3]}; // output g + 8 is of the last four
+  a[0] = value[0], a[1] = value[2], a[2] = value[1], a[3] = value[3]; // output g + 8 is of the last four
+}
+
+/// All runs of a lane's column.
+template <uint HALF_BITS, uint CODEBOOK, uint RUN = 0, uint COUNT>
+METAL_FUNC void trellis_runs(uint32_t (&a)[4][4], const uint32_t (&stream)[COUNT],
+                             const TrellisValues<CODEBOOK>& values) {
+  trellis_run<HALF_BITS, CODEBOOK, RUN>(a[RUN], stream, values);
+  if constexpr (RUN < 3)
+    trellis_runs<HALF_BITS, CODEBOOK, RUN + 1>(a, stream, values);
+}
+
+/// sum[f] += runs RUN to 3 of a lane's column times x[f], the lane's eight words: inputs 2j, 2j + 1 and 2j + 8, 2j + 9
+/// of its tile in words 2j and 2j + 1.
+template <uint HALF_BITS, uint CODEBOOK, uint RUN = 0, uint COUNT, uint FRAGMENTS>
+METAL_FUNC void trellis_multiply_add(float (&sum)[FRAGMENTS][4], const uint32_t (&stream)[COUNT],
+                                     const uint32_t (&x)[FRAGMENTS][8], const TrellisValues<CODEBOOK>& values) {
+  uint32_t a[4];
+  trellis_run<HALF_BITS, CODEBOOK, RUN>(a, stream, values);
 #pragma unroll
   for (uint f = 0; f < FRAGMENTS; ++f)
     multiply_add_fragments(half{}, sum[f], a, x[f][2 * RUN], x[f][2 * RUN + 1]);

@@ -1,5 +1,5 @@
 // Products of several rows with trellis weights on NVIDIA GPUs' tensor cores: what cuda_trellis.h decodes, times two
-// columns for each row. Weights are decoded once for 4, 8 or 16 rows.
+// columns for each row. Weights are decoded once for 4, 8, 16 or 64 rows.
 #pragma once
 
 #include "cuda_trellis.h"
@@ -35,23 +35,18 @@ struct CudaTrellisRows {
 #pragma unroll
       for (uint f = 0; f < FRAGMENTS; ++f)
         sum[i][f][0] = sum[i][f][1] = 0.0f;
-    Source source;
-#pragma unroll
-    for (uint i = 0; i < SHARE; ++i)
-      source.row[i] = row_of(i, warp) < count ? x(row_of(i, warp)) : nullptr;
-    source.factor = warp == 0 && lane < CHUNK * ROWS && lane % ROWS < count ? x(lane % ROWS) + to_factor : nullptr;
-    copy(source, 0, blocks, warp, lane);
+    copy(x, to_factor, count, 0, blocks, warp, lane);
     for (uint block = 0; block + 1 < blocks; ++block) {
       if (block % CHUNK == 0) {
         wait_for_copies();
-        copy(source, block + CHUNK, blocks, warp, lane);
+        copy(x, to_factor, count, block + CHUNK, blocks, warp, lane);
       }
       ahead.next_block();
-      add_block<true>(ahead, block, values, lane, sum);
+      add_block<true>(ahead, block, values, count, lane, sum);
     }
     if ((blocks - 1) % CHUNK == 0)
       wait_for_copies();
-    add_block<false>(ahead, blocks - 1, values, lane, sum);
+    add_block<false>(ahead, blocks - 1, values, count, lane, sum);
   }
 
 private:
@@ -59,29 +54,23 @@ private:
   /// those of a copy want the same banks.
   METAL_FUNC static constexpr uint place_of(uint column, uint part, uint q) { return column ^ (2 * q + part); }
 
-  /// What a warp copies of a chunk: block block_of(i) of row row_of(i), in turn, as most tiles have few rows; lanes of
-  /// the first one a factor each. Null where a row is not there: nobody looks at its columns.
-  struct Source {
-    const float* row[SHARE];
-    const float* factor;
-  };
-  METAL_FUNC static uint row_of(uint i, uint warp) { return (i * WARPS + warp) / CHUNK; }
-  METAL_FUNC static uint block_of(uint i, uint warp) { return (i * WARPS + warp) % CHUNK; }
-
-  METAL_FUNC void copy(const Source& source, uint first_block, uint blocks, uint warp, uint lane) const {
-    const uint slab = first_block / CHUNK % 2;
+  /// Warps take the blocks of rows in turn: most tiles have few. Nobody looks at columns of rows that are not there.
+  template <typename X>
+  METAL_FUNC void copy(X x, uint to_factor, uint count, uint first_block, uint blocks, uint warp, uint lane) const {
+    const uint slab = first_block / CHUNK % 2, thread = warp * SIMD_WIDTH + lane;
     // Of a block in device memory a lane has the 16 bytes of a column, part, q and step.
     const uint place = lane / 2 * COLUMNS, column = lane % 2, part = lane / 8 % 2, q = lane / 2 % 4;
 #pragma unroll
     for (uint i = 0; i < SHARE; ++i) {
-      const uint r = row_of(i, warp), block = block_of(i, warp);
-      if (source.row[i] && first_block + block < blocks)
+      const uint r = (i * WARPS + warp) / CHUNK, block = (i * WARPS + warp) % CHUNK;
+      if (r < count && first_block + block < blocks)
         copy_async(words + slab * SLAB_WORDS + r / 4 * FRAGMENT_WORDS + block * BLOCK_WORDS + place +
                        place_of(2 * (r % 4) + column, part, q),
-                   source.row[i] + (first_block + block) * BLOCK + lane * 4, true);
+                   x(r) + (first_block + block) * BLOCK + lane * 4, true);
     }
-    if (source.factor && first_block + lane / ROWS < blocks)
-      copy_async_part<4>(factors + slab * CHUNK * ROWS + lane, source.factor + first_block + lane / ROWS, 4);
+    const uint block = thread / ROWS;
+    if (block < CHUNK && thread % ROWS < count && first_block + block < blocks)
+      copy_async_part<4>(factors + slab * CHUNK * ROWS + thread, x(thread % ROWS) + to_factor + first_block + block, 4);
     copy_commit();
   }
   METAL_FUNC static void wait_for_copies() {
@@ -89,39 +78,84 @@ private:
     __syncthreads();
   }
 
+  /// A lane's eight words of x of a fragment, step s of the block that begins at `block`.
+  METAL_FUNC void load(uint32_t (&second)[8], const uint4* block, uint f, uint s, uint lane) const {
+    const uint g = lane / 4, q = lane % 4;
+    const uint4* at = block + f * FRAGMENT_WORDS + s * BLOCK_WORDS / 2 + q * COLUMNS;
+    const uint4 low = at[place_of(g, 0, q)], high = at[4 * COLUMNS + place_of(g, 1, q)];
+    second[0] = low.x, second[1] = low.y, second[2] = low.z, second[3] = low.w;
+    second[4] = high.x, second[5] = high.y, second[6] = high.z, second[7] = high.w;
+  }
+
   /// sum += the products of a block. MORE: see TrellisCodesAhead; the last block has a copy of the code of its own, as
   /// CudaRotatedRow's.
   template <bool MORE, uint HALF_BITS, uint CODEBOOK>
   METAL_FUNC void add_block(TrellisCodesAhead<HALF_BITS, TILES>& codes, uint block,
-                            const TrellisValues<CODEBOOK>& values, uint lane, float (&sum)[TILES][FRAGMENTS][2]) const {
-    const uint g = lane / 4, q = lane % 4;
+                            const TrellisValues<CODEBOOK>& values, uint count, uint lane,
+                            float (&sum)[TILES][FRAGMENTS][2]) const {
+    // Few rows: all of a step's x is in registers while it is decoded. Many: a block's weights are, while x passes.
+    constexpr bool MANY = FRAGMENTS > 4;
+    constexpr uint TOGETHER = MANY ? 2 : FRAGMENTS, STREAM = TrellisCodes<HALF_BITS>::WORDS + 2;
     const uint place = block % (2 * CHUNK), slab = place / CHUNK;
-    const uint4* fragment = words + slab * SLAB_WORDS + place % CHUNK * BLOCK_WORDS + q * COLUMNS;
-    float part[TILES][FRAGMENTS][4] = {};
-#pragma unroll
-    for (uint s = 0; s < 2; ++s) {
-      uint32_t second[FRAGMENTS][8];
-#pragma unroll
-      for (uint f = 0; f < FRAGMENTS; ++f) {
-        const uint4* at = fragment + f * FRAGMENT_WORDS + s * BLOCK_WORDS / 2;
-        const uint4 low = at[place_of(g, 0, q)], high = at[4 * COLUMNS + place_of(g, 1, q)];
-        second[f][0] = low.x, second[f][1] = low.y, second[f][2] = low.z, second[f][3] = low.w;
-        second[f][4] = high.x, second[f][5] = high.y, second[f][6] = high.z, second[f][7] = high.w;
-      }
-      uint32_t stream[TILES][TrellisCodes<HALF_BITS>::WORDS + 2];
-      codes.template take<MORE>(s, lane, stream);
+    const uint4* x = words + slab * SLAB_WORDS + place % CHUNK * BLOCK_WORDS;
+    const float* factor = factors + place * ROWS + lane % 4;
+    const auto add = [&](const float (&part)[TILES][TOGETHER][4], uint first) {
 #pragma unroll
       for (uint i = 0; i < TILES; ++i)
-        trellis_multiply_add<HALF_BITS, CODEBOOK>(part[i], stream[i], second, values);
-    }
-    const float* factor = factors + place * ROWS + q;
 #pragma unroll
-    for (uint i = 0; i < TILES; ++i)
+        for (uint f = 0; f < TOGETHER; ++f) {
+          float (&of_rows)[2] = sum[i][first + f];
+          of_rows[0] += trellis_row_sum(factor[4 * (first + f)], part[i][f][0], part[i][f][1]);
+          of_rows[1] += trellis_row_sum(factor[4 * (first + f)], part[i][f][2], part[i][f][3]);
+        }
+    };
+    if constexpr (MANY) {
+      uint32_t a[2][TILES][4][4];
 #pragma unroll
-      for (uint f = 0; f < FRAGMENTS; ++f) {
-        sum[i][f][0] += trellis_row_sum(factor[4 * f], part[i][f][0], part[i][f][1]);
-        sum[i][f][1] += trellis_row_sum(factor[4 * f], part[i][f][2], part[i][f][3]);
+      for (uint s = 0; s < 2; ++s) {
+        uint32_t stream[TILES][STREAM];
+        codes.template take<MORE>(s, lane, stream);
+#pragma unroll
+        for (uint i = 0; i < TILES; ++i)
+          trellis_runs<HALF_BITS, CODEBOOK>(a[s][i], stream[i], values);
       }
+#pragma unroll
+      for (uint first = 0; first < FRAGMENTS; first += TOGETHER) {
+        if (4 * first >= count)
+          break;
+        float part[TILES][TOGETHER][4] = {};
+#pragma unroll
+        for (uint s = 0; s < 2; ++s) {
+          uint32_t second[TOGETHER][8];
+#pragma unroll
+          for (uint f = 0; f < TOGETHER; ++f)
+            load(second[f], x, first + f, s, lane);
+#pragma unroll
+          for (uint run = 0; run < 4; ++run)
+#pragma unroll
+            for (uint i = 0; i < TILES; ++i)
+#pragma unroll
+              for (uint f = 0; f < TOGETHER; ++f)
+                multiply_add_fragments(half{}, part[i][f], a[s][i][run], second[f][2 * run], second[f][2 * run + 1]);
+        }
+        add(part, first);
+      }
+    } else {
+      float part[TILES][TOGETHER][4] = {};
+#pragma unroll
+      for (uint s = 0; s < 2; ++s) {
+        uint32_t second[TOGETHER][8];
+#pragma unroll
+        for (uint f = 0; f < TOGETHER; ++f)
+          load(second[f], x, f, s, lane);
+        uint32_t stream[TILES][STREAM];
+        codes.template take<MORE>(s, lane, stream);
+#pragma unroll
+        for (uint i = 0; i < TILES; ++i)
+          trellis_multiply_add<HALF_BITS, CODEBOOK>(part[i], stream[i], second, values);
+      }
+      add(part, 0);
+    }
   }
 };
 
