@@ -104,7 +104,7 @@ TRELLIS_6_2_3 = [_core.matrix_code(5, 2 * bits, 128, 2, 1, True) for bits in (6,
         ("trellis_down_decode", TRELLIS_6_2_3[2:]),
         ("trellis_product_m4", [TRELLIS_6_2_3[0], 0]),  # up of any rate
         ("trellis_product_m16", TRELLIS_6_2_3[:2]),
-        ("trellis_product_m64", TRELLIS_6_2_3[2:]),
+        ("trellis_product_m64", TRELLIS_6_2_3[:2]),
     ],
 )
 def test_specialised_kernels_hold_their_decoders_alone(kernel, codes):
