@@ -259,7 +259,7 @@ def test_dense_layers_have_none(use_engine):
 
 
 def test_kernels_that_are_specialised_are_listed():
-    trellis = {f"trellis_product_m{rows}": 2 for rows in (4, 8, 16)}
+    trellis = {f"trellis_product_m{rows}": 2 for rows in (4, 8, 16, 64)}
     trellis |= {"trellis_gate_up_decode": 2, "trellis_down_decode": 1}
     for kernel in metal_moe.kernels():
         expected = 2 if kernel["stage"] == "gate_up" else 1
