@@ -54,8 +54,7 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
   if (plan.grouped || shape.trellis) // rows of trellis weights may be grouped where those of the other product are not
     check_grouping(shape, rows);
 
-  // Products with trellis weights have the smallest row tile of each family; where experts have many rows and no other
-  // kernel shares the tiles, the largest.
+  // Products with trellis weights have the smallest row tile of each family, but for what follows.
   const uint64_t routed_rows = shape.trellis ? 0 : uint64_t(shape.tokens) * shape.top_k;
   const uint32_t widest = std::max(shape.intermediate, shape.shared_intermediate);
   const bool few_tiles = rows <= PACKED_SHORT_ASSIGNMENTS;
@@ -75,6 +74,7 @@ ExpertsPlan plan_experts(const Tuning& tuning, Family family, const LayerShape& 
     variant = QUANTIZED_VARIANTS[place]; // of both products: they share the row tile
   plan.variant = &VARIANTS[variant];
   plan.row_tile = family == Family::Prefill4 && !shape.trellis ? tuning.prefill4_row_tile : plan.variant->row_tile;
+  // No other kernel shares these tiles.
   if (shape.trellis_alone && family == Family::LargeBatch &&
       uint64_t(shape.tokens) * shape.top_k >= uint64_t(tuning.trellis_many_rows) * shape.experts)
     plan.row_tile = TRELLIS_PRODUCT_MOST_ROWS;

@@ -146,7 +146,9 @@ TrellisEncoding::Sums TrellisEncoding::product(const GroupTables& tables, uint32
   record_codes(pipeline, &first == &layer_.down);
   const bool matrix = engine_.tuning().packed_products;
   const uint32_t columns = rotate_padded(outputs) / (TRELLIS_TILE * trellis_product_tiles(pipeline.simd_width, matrix));
-  const uint32_t blocks = rotate_blocks(inputs), threadgroups = columns * tables.max_tiles * count;
+  const uint32_t blocks = rotate_blocks(inputs);
+  const auto threadgroups =
+      static_cast<uint32_t>(std::min<uint64_t>(uint64_t(columns) * tables.max_tiles * count, UINT32_MAX));
   const uint32_t slices = pipeline.simd_width == 1 ? 1 : trellis_slices(blocks, threadgroups, blocks);
   const TrellisProductArgs product{args_.rows, rotate_padded(inputs), rotate_padded(outputs), slices, count};
   const Sums to{stream_.scratch(slices * row_bytes(outputs, count)), slices};

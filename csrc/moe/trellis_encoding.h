@@ -10,7 +10,7 @@
 namespace metal_moe {
 
 /// What the dispatches have in common. A product's sums are fp32 [slices, gate and up or one, S, outputs], in order of
-/// assignments, outputs rounded up to multiples of 128; so are rotated rows, without slices.
+/// assignments, outputs rounded up to multiples of 128; rotated rows are [gate and up or one, S, rotated_stride].
 class TrellisEncoding {
 public:
   struct Sums {

@@ -11,9 +11,11 @@ SHARED_CONSTANT uint TRELLIS_SLICES = 16;
 /// slice, on a GPU: those that leave the busiest core least to do, in blocks, of which each threadgroup costs one more
 /// for its beginning. Cores with fewer threadgroups than they have room for are no faster for it.
 constexpr uint trellis_slices(uint blocks, uint threadgroups, uint most) {
+  const uint fewest = (blocks + most - 1) / most;
+  if (threadgroups >= 1u << 24) // cores are full, and products of such numbers would not fit
+    return fewest;
   uint best = 0, least = ~0u;
-  for (uint slices = (blocks + most - 1) / most; best == 0 || (slices <= TRELLIS_SLICES && slices <= blocks);
-       ++slices) {
+  for (uint slices = fewest; best == 0 || (slices <= TRELLIS_SLICES && slices <= blocks); ++slices) {
     const uint of_core = (slices * threadgroups + LARGE_GPU_CORES - 1) / LARGE_GPU_CORES;
     const uint work =
         (of_core > TRELLIS_AT_A_TIME ? of_core : TRELLIS_AT_A_TIME) * ((blocks + slices - 1) / slices + 1);

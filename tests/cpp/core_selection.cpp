@@ -343,6 +343,7 @@ TEST(Plan, TrellisWeightsHaveLargeRowTilesWhereExpertsHaveManyRows) {
 
 TEST(Trellis, SlicesFillTheCoresOfALargeGpu) {
   EXPECT_EQ(trellis_slices(112, 10000, 112), 1u) << "threadgroups enough";
+  EXPECT_EQ(trellis_slices(112, 1u << 31, 112), 1u) << "more than enough";
   EXPECT_EQ(trellis_slices(1, 1, 1), 1u) << "nothing to divide";
   EXPECT_EQ(trellis_slices(112, 256, 112), 2u) << "512 threadgroups of 56 blocks";
   EXPECT_GE(trellis_slices(112, 10000, 16), 7u) << "no more than 16 blocks each";

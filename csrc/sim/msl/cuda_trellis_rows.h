@@ -78,13 +78,17 @@ private:
     __syncthreads();
   }
 
-  /// A lane's eight words of x of a fragment, step s of the block that begins at `block`.
-  METAL_FUNC void load(uint32_t (&second)[8], const uint4* block, uint f, uint s, uint lane) const {
+  /// A lane's eight words of x of each fragment from `first` on, step s of the block that begins at `block`.
+  template <uint COUNT>
+  METAL_FUNC static void load(uint32_t (&second)[COUNT][8], const uint4* block, uint first, uint s, uint lane) {
     const uint g = lane / 4, q = lane % 4;
-    const uint4* at = block + f * FRAGMENT_WORDS + s * BLOCK_WORDS / 2 + q * COLUMNS;
-    const uint4 low = at[place_of(g, 0, q)], high = at[4 * COLUMNS + place_of(g, 1, q)];
-    second[0] = low.x, second[1] = low.y, second[2] = low.z, second[3] = low.w;
-    second[4] = high.x, second[5] = high.y, second[6] = high.z, second[7] = high.w;
+#pragma unroll
+    for (uint f = 0; f < COUNT; ++f) {
+      const uint4* at = block + (first + f) * FRAGMENT_WORDS + s * BLOCK_WORDS / 2 + q * COLUMNS;
+      const uint4 low = at[place_of(g, 0, q)], high = at[4 * COLUMNS + place_of(g, 1, q)];
+      second[f][0] = low.x, second[f][1] = low.y, second[f][2] = low.z, second[f][3] = low.w;
+      second[f][4] = high.x, second[f][5] = high.y, second[f][6] = high.z, second[f][7] = high.w;
+    }
   }
 
   /// sum += the products of a block. MORE: see TrellisCodesAhead; the last block has a copy of the code of its own, as
@@ -127,9 +131,7 @@ private:
 #pragma unroll
         for (uint s = 0; s < 2; ++s) {
           uint32_t second[TOGETHER][8];
-#pragma unroll
-          for (uint f = 0; f < TOGETHER; ++f)
-            load(second[f], x, first + f, s, lane);
+          load(second, x, first, s, lane);
 #pragma unroll
           for (uint run = 0; run < 4; ++run)
 #pragma unroll
@@ -145,9 +147,7 @@ private:
 #pragma unroll
       for (uint s = 0; s < 2; ++s) {
         uint32_t second[TOGETHER][8];
-#pragma unroll
-        for (uint f = 0; f < TOGETHER; ++f)
-          load(second[f], x, f, s, lane);
+        load(second, x, 0, s, lane);
         uint32_t stream[TILES][STREAM];
         codes.template take<MORE>(s, lane, stream);
 #pragma unroll
