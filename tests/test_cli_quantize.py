@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from xml.etree import ElementTree
 
 import metal_moe
@@ -182,9 +183,14 @@ def test_inputs_that_do_not_fit(capsys, tmp_path):
         tmp_path / "c.safetensors",
     ]
     status, _, err = run(capsys, *arguments)
-    assert status == 1 and "it must be float [T, 64]" in err
-    status, _, err = run(capsys, *arguments, "--layers", "3")
     assert status == 1 and "there is no tensor model.layers.3.mlp.hidden_states" in err
+    status, _, err = run(capsys, *arguments, "--layers", "0")
+    assert status == 1 and "it must be float [T, 64]" in err
+    for value in (0.0, math.nan):
+        save_file({"model.layers.0.mlp.hidden_states": torch.full((5, 64), value)}, tmp_path / "c.safetensors")
+        status, _, err = run(capsys, *arguments, "--layers", "0")
+        assert status == 1 and "hidden_states has infinite or NaN values, or zeros alone" in err
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_nothing_is_overwritten(capsys, tmp_path):
@@ -354,7 +360,7 @@ def test_shared_experts_that_are_kept(capsys, tmp_path):
     arguments = ["quantize", tmp_path / "dense", "--output", tmp_path / "out", "--format", "mxfp4"]
     status, _, err = run(capsys, *arguments)
     assert status == 1
-    assert "shared experts of layer 1: QuantizedExperts.quantize: the matrix has 72 columns" in err
+    assert "layer 1, shared down: QuantizedExperts.quantize: the matrix has 72 columns" in err
     assert "--keep-shared leaves them" in err
     result = run_json(capsys, *arguments, "--keep-shared")
     assert result["layers"][0]["shared_experts"] == 0 and len(result["layers"][0]["projections"]) == 3

@@ -107,8 +107,15 @@ def test_extreme_scales():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_of_extreme_size(mode):
-    """Too small for any scale: zero or nearly; nearly the largest of float32: as any other."""
-    for value, limit in ((1e-38, 1e-38), (1e-45, 1e-38), (2.5e38 if mode != "nvfp4" else 2600.0, None)):
+    """Too small for any scale: nearly zero, or an error where all of them would be 0; nearly the largest of float32, or
+    of nvfp4, which has a range of its own: as any other."""
+    sizes = [(2.5e38, None), (1e-38, 1e-38), (1e-45, 1e-38)]
+    if mode == "nvfp4":
+        sizes = [(2600.0, None), (0.2, None)]
+        for value, message in ((0.001, "expert 0 of w has values up to 0.001, too small for nvfp4"), (2700.0, "2688")):
+            with pytest.raises(ValueError, match=message):
+                QuantizedExperts.quantize(torch.full((1, 1, 32), value), format=mode)
+    for value, limit in sizes:
         weights = torch.full((1, 1, 32), value)
         error = (QuantizedExperts.quantize(weights, format=mode).dequantize() - weights).abs().max()
         assert error <= (0.15 * value if limit is None else limit)

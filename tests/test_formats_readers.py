@@ -616,12 +616,13 @@ def test_exl3_checkpoints_that_are_wrong(case, tmp_path):
     ("config", "message"),
     [
         ({}, "config.json has no quantization"),
-        ({"quantization": {"group_size": 64}}, "bits is None"),
+        ({"quantization": {"group_size": 64, "bits": [4]}}, r"bits is \[4\]"),
+        ({"quantization": {"group_size": 64, "bits": 10**400}}, "bits is 1000"),
         ({"quantization": {"group_size": 64, "bits": "4"}}, "bits is '4'"),
         ({"quantization": {"group_size": 64, "bits": 0}}, "bits is 0"),
         ({"quantization": {"group_size": 0, "bits": 4}}, "group_size is 0"),
         ({"quantization": {"group_size": 32, "bits": 8}}, r"w1 \[4, 128, 64\] and w2 \[4, 128, 32\] do not"),
-        ({"quantization": {"group_size": 64, "bits": 4, "mode": "awq"}}, "format is 'awq'"),
+        ({"quantization": {"group_size": 64, "bits": 4, "mode": "awq"}}, "mode is 'awq'; it must be one of affine"),
         ({"quantization": {"group_size": 64, "bits": 4, "mode": 4}}, "mode is 4"),
     ],
 )

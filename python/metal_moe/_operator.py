@@ -121,9 +121,9 @@ def operator(
     def refuse_gradients(*args, **kwargs):
         if is_grad_enabled():
             for argument, value in zip(op._schema.arguments, args, strict=False):
-                _refuse_gradient(name, argument.name, value)
+                refuse_gradient(name, argument.name, value)
             for argument_name, value in kwargs.items():
-                _refuse_gradient(name, argument_name, value)
+                refuse_gradient(name, argument_name, value)
         with _AutoDispatchBelowAutograd():
             return op(*args, **kwargs)
 
@@ -168,7 +168,7 @@ def _is_direct(args: tuple, kwargs: dict) -> bool:
     return True
 
 
-def _refuse_gradient(op: str, name: str, value: object) -> None:
+def refuse_gradient(op: str, name: str, value: object) -> None:
     if isinstance(value, Tensor) and value.requires_grad:
         raise RuntimeError(
             f"{op}: {name} requires grad, but metal_moe is for inference and has no backward: "

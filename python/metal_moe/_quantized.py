@@ -5,6 +5,7 @@ one, which takes either, and an operator of its own for quantised weights (`w1: 
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _core
+from ._operator import engine_of, operator, refuse_gradient
 from ._validate import QuantizedShape, check_shared, check_weights, wrong_type, wrong_value
 from .formats import QuantizedExperts
 from .formats.dense import dense_buffers
@@ -37,6 +39,17 @@ def accepts_quantized(quantized: Callable[..., Tensor]) -> Callable[[Callable[..
 
     def decorate(dense: Callable[..., Tensor]) -> Callable[..., Tensor]:
         op = dense.__name__
+        signature = inspect.signature(dense)
+        names = frozenset(signature.parameters)
+        positional = sum(p.kind is not p.KEYWORD_ONLY for p in signature.parameters.values())
+
+        def check_arguments(args: tuple, kwargs: dict) -> None:
+            # The operator has more arguments, which are not the caller's.
+            if len(args) > positional or any(name not in names for name in kwargs):
+                try:
+                    signature.bind(*args, **kwargs)
+                except TypeError as error:
+                    raise TypeError(f"{op}: {error}") from None
 
         @functools.wraps(dense)
         def call(*args, **kwargs) -> Tensor:
@@ -44,6 +57,7 @@ def accepts_quantized(quantized: Callable[..., Tensor]) -> Callable[[Callable[..
             w2 = args[2] if len(args) > 2 else kwargs.get("w2")
             for weights in (w1, w2, kwargs.get("shared_w1"), kwargs.get("shared_w2")):
                 if isinstance(weights, QuantizedExperts):
+                    check_arguments(args, kwargs)
                     return _call_quantized(op, quantized, *args, **kwargs)
             return dense(*args, **kwargs)
 
@@ -55,6 +69,9 @@ def accepts_quantized(quantized: Callable[..., Tensor]) -> Callable[[Callable[..
 def _call_quantized(op, quantized, hidden_states, w1, w2, *args, shared_w1=None, shared_w2=None, **kwargs) -> Tensor:
     given = dict(zip(_WEIGHTS, (w1, w2, shared_w1, shared_w2), strict=True))
     shared = [name for name in _WEIGHTS[2:] if given[name] is not None]
+    for name in shared:
+        if isinstance(given[name], QuantizedExperts) and given[name].bias is not None:
+            wrong_value(op, name, "with a bias", "without: shared experts have none")
     trellis = [name for name in _WEIGHTS if _has_trellis(given[name])]
     if trellis and (shared or kwargs.get("shared_weights") is not None):
         return _apart(op, quantized, hidden_states, given, args, kwargs)
@@ -75,9 +92,6 @@ def _call_quantized(op, quantized, hidden_states, w1, w2, *args, shared_w1=None,
                 _core.count_fallback("converted_bias", copies=True)
                 own = own.to(hidden_states.dtype)
             kwargs[f"{name}_bias"] = own
-    for name in shared:
-        if isinstance(given[name], QuantizedExperts) and given[name].bias is not None:
-            wrong_value(op, name, "with a bias", "without: shared experts have none")
     for name in trellis:
         kwargs[f"trellis_{name}"] = True
     # The routed and the shared experts of a product run in one dispatch: as parts, both, where one of them is.
@@ -116,7 +130,14 @@ def _apart(op, quantized, hidden_states, given, args, kwargs) -> Tensor:
     kept = {name: kwargs[name] for name in options if name in kwargs}
     if isinstance(kept.get("kernel"), str):  # which may be the name of the routed experts' own kernels
         kept["kernel"] = "moe_" + next((name for name in _FAMILIES if name in kept["kernel"]), "base")
-    return routed + experts.fused_experts(hidden_states, shared_w1, shared_w2, shared_weights, ids, **kept)
+    return _sum(routed, experts.fused_experts(hidden_states, shared_w1, shared_w2, shared_weights, ids, **kept))
+
+
+@operator
+def _sum(routed: Tensor, shared: Tensor) -> Tensor:
+    if engine_of(routed) is not None:
+        _core.settle_batch()  # PyTorch reads both now
+    return routed + shared
 
 
 def _has_trellis(weights: QuantizedExperts | Tensor | None) -> bool:
@@ -139,6 +160,8 @@ def _flat(
     if not isinstance(weights, QuantizedExperts):
         if not isinstance(weights, Tensor):
             wrong_type(op, name, f"of type {type(weights).__name__}", "a torch.Tensor or QuantizedExperts")
+        if torch.is_grad_enabled():  # the operator looks for gradients of tensors, not of lists
+            refuse_gradient(op, name, weights)
         if not parts:
             return [weights], list(weights.shape)
         if dtype is not None:
@@ -174,7 +197,10 @@ def _make_form(weights: QuantizedExperts, op: str, name: str, pair: bool, interl
         wrong_value(op, name, f"of parts that were replaced by those of {tuple(now)}", tuple(weights.shape))
     if pair and weights.shape[1] % 2:
         wrong_value(op, name, f"of shape {tuple(weights.shape)}", "of an even number of rows, gate and up")
-    of_weights = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
+    try:
+        of_weights = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
+    except ValueError as error:
+        raise ValueError(f"{op}: {name}: {error}") from None
     for part in of_weights:
         _check_formats(op, name, part, trellis)
     buffers = [tensor for part in of_weights for tensor in (part.codes, part.scales, part.biases, part.table)]

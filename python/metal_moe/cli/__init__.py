@@ -40,8 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     try:
-        print(json.dumps(result, indent=2) if options.json else options.module.render(result))
-        sys.stdout.flush()
+        print(json.dumps(result, indent=2) if options.json else options.module.render(result), flush=True)
     except BrokenPipeError:  # the reader (head, less) has seen enough; nothing more may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"metal-moe {options.command}: the result could not be printed: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return options.module.status(result) if hasattr(options.module, "status") else 0

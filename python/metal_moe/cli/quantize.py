@@ -1,7 +1,9 @@
-"""Quantises the experts of a checkpoint, layer by layer, and reports the errors of every projection and expert."""
+"""Quantises the experts of a checkpoint, layer by layer, and reports the errors of every projection and expert.
+
+The folder appears when it is complete. What was stopped goes on where it was when the same command is given again.
+"""
 
 import argparse
-import json
 import math
 import re
 import time
@@ -15,11 +17,14 @@ from torch import Tensor
 from ..formats import Checkpoint, ExpertReader, LayerExperts, QuantizedExperts
 from ..formats.calibration import ACTIVATIONS, input_hessian, intermediate
 from ..formats.checkpoint import INDEX
+from ..formats.checks import within
 from ..formats.errors import ProjectionErrors, projection_errors
 from ..formats.layout import CODEBOOKS, Format
 from ..formats.safetensors_file import save_safetensors
 from ..formats.shared_experts import GATE_OF_ALL
 from ..formats.trellis_quantizer import search
+from ..formats.whole_file import write_json
+from .output_folder import OutputFolder
 from .plot import log_chart
 from .text import DTYPES, Bar, Progress, gigabytes, table
 
@@ -36,7 +41,8 @@ HESSIAN_ELEMENTS = 1 << 25
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a folder or safetensors file: dense, EXL3, MLX or gpt-oss")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the experts and the report")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for the experts and the report")
+    parser.add_argument("--prefix", default="", help="of the tensors' names, where the checkpoint has several models")
     parser.add_argument("--format", choices=sorted(Format.registry), default="trellis", help="(default: trellis)")
     parser.add_argument("--bits", type=float, help="bits of a weight (default: 4, or what the format has)")
     for projection in PROJECTIONS:
@@ -83,57 +89,89 @@ def run(options: argparse.Namespace, progress: Progress) -> dict:
     device = torch.device(options.device)
     if device.type not in TILES or (device.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device is {options.device}; it must be cpu, or cuda where there is one")
-    if (options.output / INDEX).exists():
-        raise ValueError(f"--output: {options.output / INDEX} is there already; name a new folder")
-    start = time.perf_counter()
-    reports, weight_map, total = [], {}, 0
-    with ExpertReader(options.checkpoint) as reader:
+    if not 0 <= options.seed < 1 << 63:
+        raise ValueError(f"--seed is {options.seed}; it must be from 0 to {(1 << 63) - 1}")
+    if options.plot and not options.plot.absolute().parent.is_dir():
+        raise ValueError(f"--plot: there is no folder {options.plot.absolute().parent}")
+    output = OutputFolder(options.output, _decisive(options))
+    with ExpertReader(options.checkpoint, options.prefix) as reader:
         layers = options.layers or reader.layers
         unknown = sorted(set(layers) - set(reader.layers))
         if unknown:
             raise ValueError(
                 f"--layers names {unknown[0]}; layers with experts are {reader.layers[0]} to {reader.layers[-1]}"
             )
+        if options.shared_bits is not None and not any(reader.shared_tensors(layer) for layer in layers):
+            raise ValueError("--shared-bits is given; there are no shared experts")
         calibration = Checkpoint(options.calibration) if options.calibration else None
-        options.output.mkdir(parents=True, exist_ok=True)
-        for index, layer in enumerate(layers):
-            begin = time.perf_counter()
-            quantised, report = _quantize_layer(
-                reader.read(layer),
-                calibration,
-                options,
-                device,
-                Bar(progress, f"layer {layer} ({index + 1} of {len(layers)})"),
-            )
-            file = f"model-{index + 1:05}-of-{len(layers):05}.safetensors"
-            state = {
-                name: t
-                for target, each in quantised.items()
-                for name, t in each.state_dict(f"{report['block']}{target}.").items()
-            } | _kept(reader, layer, options.keep_shared)
-            save_safetensors(options.output / file, state, {"format": "metal_moe"})
-            weight_map |= dict.fromkeys(state, file)
-            size = sum(tensor.nbytes for tensor in state.values())
-            total += size
-            reports.append({**report, "bytes": size, "seconds": time.perf_counter() - begin})
+        for layer in layers if calibration else ():
+            calibration.where(_name_of_inputs(reader.block(layer)))
+        try:
+            for index in range(len(output.steps), len(layers)):
+                output.add(_write_layer(reader, index, layers, calibration, options, device, output, progress))
+        except BaseException:
+            if output.steps:
+                progress.note(
+                    f"{len(output.steps)} of {len(layers)} layers are in {output.unfinished}; the same command goes on "
+                    "from there"
+                )
+            output.discard_if_empty()
+            raise
         config = reader.checkpoint.config
-    index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (options.output / INDEX).write_text(json.dumps(index_file, indent=2) + "\n")
+    reports = [step["report"] for step in output.steps]
+    total = sum(report["bytes"] for report in reports)
+    weight_map = {name: step["file"] for step in output.steps for name in step["tensors"]}
     if config:
-        (options.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(output.file("config.json"), config)
     result = {
         "checkpoint": str(options.checkpoint),
         "output": str(options.output),
         "format": options.format,
         "calibrated": options.calibration is not None,
         "bytes": total,
-        "seconds": time.perf_counter() - start,
+        "seconds": sum(report["seconds"] for report in reports),
         "layers": reports,
     }
-    (options.output / REPORT).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(output.file(REPORT), result)
+    write_json(output.file(INDEX), {"metadata": {"total_size": total}, "weight_map": weight_map})
+    output.finish()
     if options.plot:
         options.plot.write_text(_plot(result))
     return result
+
+
+def _decisive(options: argparse.Namespace) -> dict:
+    """What the files depend on."""
+    others = ("command", "module", "json", "output", "plot", "device")
+    decisive = {name: value for name, value in vars(options).items() if name not in others}
+    return decisive | {"checkpoint": options.checkpoint.resolve()}
+
+
+def _write_layer(
+    reader: ExpertReader,
+    index: int,
+    layers: list[int],
+    calibration: Checkpoint | None,
+    options: argparse.Namespace,
+    device: torch.device,
+    output: OutputFolder,
+    progress: Progress,
+) -> dict:
+    """The file, its tensors' names and the report of layer layers[index]."""
+    begin = time.perf_counter()
+    layer = layers[index]
+    bar = Bar(progress, f"layer {layer} ({index + 1} of {len(layers)})")
+    quantised, report = _quantize_layer(reader.read(layer), calibration, options, device, bar)
+    file = f"model-{index + 1:05}-of-{len(layers):05}.safetensors"
+    state = {
+        name: t
+        for target, each in quantised.items()
+        for name, t in each.state_dict(f"{report['block']}{target}.").items()
+    } | _kept(reader, layer, options.keep_shared)
+    save_safetensors(output.file(file), state, {"format": "metal_moe"})
+    size = sum(tensor.nbytes for tensor in state.values())
+    report |= {"bytes": size, "seconds": time.perf_counter() - begin}
+    return {"file": file, "tensors": list(state), "report": report}
 
 
 def render(result: dict) -> str:
@@ -279,9 +317,8 @@ def _quantize_layer(
         try:
             w1, w2, found = _quantize_experts(task, inputs, options, device, bar)
         except ValueError as error:
-            if not task.label:
-                raise
-            raise ValueError(f"shared experts of layer {experts.layer}: {error}; --keep-shared leaves them") from None
+            keep = "; --keep-shared leaves them" if task.label else ""
+            raise ValueError(f"layer {experts.layer}, {error}{keep}") from None
         made |= {f"{task.name}.w1": w1, f"{task.name}.w2": w2}
         errors += found
     weights = {name: of.shape.numel() for name, of in made.items()}
@@ -320,16 +357,18 @@ def _quantize_experts(
             if inputs is not None and projection == "down":
                 seen = [_seen(inputs, dense, expert, task.activation) for expert in some]
                 hessian = torch.stack([input_hessian(each) for each in seen])
-            quantised = QuantizedExperts.quantize(
-                weights,
-                format=options.format,
-                bits=None if bits is None else [bits[expert] for expert in some],
-                group_size=options.group_size,
-                hessian=hessian,
-                **({"codebook": options.codebook} if options.codebook else {}),
-                **({"scale_dtype": task.scale_dtype} if options.format == "affine" else {}),
-                **({"seed": options.seed, "walks": _counted(bar, label)} if trellis else {}),
-            )
+            where = label if step == count else f"{label}, experts {some[0]} to {some[-1]}"
+            with within(where):
+                quantised = QuantizedExperts.quantize(
+                    weights,
+                    format=options.format,
+                    bits=None if bits is None else [bits[expert] for expert in some],
+                    group_size=options.group_size,
+                    hessian=hessian,
+                    **({"codebook": options.codebook} if options.codebook else {}),
+                    **({"scale_dtype": task.scale_dtype} if options.format == "affine" else {}),
+                    **({"seed": options.seed, "walks": _counted(bar, label)} if trellis else {}),
+                )
             if not trellis:
                 bar.add(len(some), label)
             found.append(projection_errors(label, weights, quantised, hessian))
@@ -370,14 +409,21 @@ def _bits(options: argparse.Namespace, experts: int, shared: bool) -> dict[str, 
     return chosen
 
 
+def _name_of_inputs(block: str) -> str:
+    return f"{block}hidden_states"
+
+
 def _inputs(calibration: Checkpoint, block: str, hidden: int, device: torch.device) -> Tensor:
-    name = f"{block}hidden_states"
+    name = _name_of_inputs(block)
     inputs = calibration.get(name)
     if inputs.ndim != 2 or inputs.shape[1] != hidden or not inputs.shape[0] or not inputs.is_floating_point():
         raise ValueError(
             f"{calibration.where(name)}: {name} is {inputs.dtype} {tuple(inputs.shape)}; it must be float [T, {hidden}]"
         )
-    return inputs.to(device, torch.float32)
+    inputs = inputs.to(device, torch.float32)
+    if not torch.isfinite(inputs).all() or not inputs.any():
+        raise ValueError(f"{calibration.where(name)}: {name} has infinite or NaN values, or zeros alone")
+    return inputs
 
 
 def _seen(inputs: Tensor, dense: dict[str, Tensor], expert: int, activation: str) -> Tensor:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -42,24 +43,34 @@ class Progress:
     """What is being done, on stderr: one line that is overwritten on a terminal, a line per step elsewhere."""
 
     def __init__(self) -> None:
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
         self._last = ""
 
     def __call__(self, text: str) -> None:
         if self.terminal:
-            sys.stderr.write(f"\r\033[K{text}")
+            self._write(f"\r\033[K{text}")
         elif text != self._last:
-            sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+            self._write(text + "\n")
         self._last = text
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._write(("\r\033[K" if self.terminal else "") + text + "\n")
+        self._last = ""
+
+    def _write(self, text: str) -> None:
+        # Whoever does not look at it gets the result all the same.
+        with suppress(OSError):
+            if sys.stderr is not None:
+                sys.stderr.write(text)
+                sys.stderr.flush()
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.terminal and self._last:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+            self._write("\r\033[K")
 
 
 class Bar:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,6 +22,16 @@ def tensor(op: str, name: str, value: object, dtypes: tuple[torch.dtype, ...], s
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; it must be [{wanted}]")
+
+
+@contextmanager
+def within(where: str) -> Iterator[None]:
+    """What is wrong with a checkpoint, as a ValueError that begins with `where`, if it does not begin so already."""
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
 
 
 def integer(op: str, name: str, value: object) -> None:

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 MULTIPLIERS = {"3inst": 89226354, "mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
 INCREMENTS = {"3inst": 64248484, "mcg": 0, "mul1": 0}
@@ -37,4 +38,5 @@ def table(codebook: str) -> np.ndarray:
 
 @cache
 def table_on(codebook: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(table(codebook)).to(device, dtype)
+    with unset_fake_temporarily():  # it is kept
+        return torch.from_numpy(table(codebook)).to(device, dtype)

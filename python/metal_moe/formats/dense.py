@@ -11,6 +11,7 @@ import functools
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .layout import RECORD, SCALE_DTYPES, SCALE_TYPES, Extent, Format, Settings, Stack, as_bytes, as_type
 from .part import table_tensor
@@ -46,6 +47,10 @@ class Dense(Format):
         codes = as_bytes(weights.to(SCALE_DTYPES[settings.scale_type]))
         return Stack(settings, *weights.shape[1:], codes, codes.new_empty(len(weights), 0, 0))
 
+    def is_finite(self, stack: Stack) -> Tensor:
+        elements = as_type(stack.codes, SCALE_DTYPES[stack.settings.scale_type])
+        return torch.isfinite(elements).flatten(1).all(1)
+
     def decode(self, stack: Stack, dtype: torch.dtype) -> Tensor:
         return as_type(stack.codes, SCALE_DTYPES[stack.settings.scale_type]).to(dtype)
 
@@ -61,27 +66,35 @@ def dense_buffers(weights: Tensor, count: int, interleaved: bool) -> list[Tensor
         interleaved: rows are gate 0, up 0, gate 1, ...; otherwise the gate rows, then the up rows.
     """
     codes, none = as_bytes(weights).flatten(), torch.empty(0, dtype=torch.uint8, device=weights.device)
-    tables = _tables(tuple(weights.shape), weights.dtype, count, interleaved, weights.device)
+    shape, device = tuple(weights.shape), weights.device
+    tables = [_table(shape, weights.dtype, count, interleaved, part, device) for part in range(count)]
     return [tensor for table in tables for tensor in (codes, none, none, table)]
 
 
+def _table(*key: object) -> Tensor:
+    return _kept_table(*key)
+
+
+# torch.compile runs it as it traces, and does not look into it (as QuantizedExperts.untraced).
+_table._dynamo_marked_constant = True
+
+
 @functools.lru_cache(maxsize=256)
-def _tables(
-    shape: tuple[int, ...], dtype: torch.dtype, count: int, interleaved: bool, device: torch.device
-) -> list[Tensor]:
+def _kept_table(
+    shape: tuple[int, int, int], dtype: torch.dtype, count: int, interleaved: bool, part: int, device: torch.device
+) -> Tensor:
+    """The records of part `part` of `count`."""
     experts, rows, columns = shape
     known = Format.registry[Dense.NAME]
     settings = known.settings(None, None, dtype)
     known.check(settings, rows, columns)
     row_bytes = columns * dtype.itemsize
-    tables = []
-    for part in range(count):
-        records = np.zeros(experts, RECORD)
-        first = part if interleaved else part * (rows // count)
-        records["codes"] = (np.arange(experts, dtype=np.uint64) * rows + first) * row_bytes
-        records["codes_stride"] = row_bytes * (count if interleaved else 1)
-        records["format"], records["half_bits"] = known.NUMBER, 2 * settings.bits
-        records["group_size"], records["scale_type"] = RUN, SCALE_TYPES.index(settings.scale_type)
-        records["rows"], records["columns"] = rows // count, columns
-        tables.append(table_tensor(records, device))
-    return tables
+    records = np.zeros(experts, RECORD)
+    first = part if interleaved else part * (rows // count)
+    records["codes"] = (np.arange(experts, dtype=np.uint64) * rows + first) * row_bytes
+    records["codes_stride"] = row_bytes * (count if interleaved else 1)
+    records["format"], records["half_bits"] = known.NUMBER, 2 * settings.bits
+    records["group_size"], records["scale_type"] = RUN, SCALE_TYPES.index(settings.scale_type)
+    records["rows"], records["columns"] = rows // count, columns
+    with unset_fake_temporarily():  # it is kept for other calls
+        return table_tensor(records, device)

@@ -70,6 +70,8 @@ CODEBOOKS = ("3inst", "mcg", "mul1")
 
 # Rows and columns of one matrix: far above any model's, and low enough that no product of two overflows 64 bits.
 MAX_SIZE = 1 << 24
+# Of a weight, in any format.
+MAX_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class Settings:
     codebook: str = "3inst"
 
     def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, (int, float)) or not 0 < self.bits <= MAX_BITS:
+            raise ValueError(f"bits is {self.bits!r}; it must be a number above 0, at most {MAX_BITS}")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise ValueError(f"group_size is {self.group_size!r}; it must be an int")
         whole = float(self.bits).is_integer()
         object.__setattr__(self, "bits", int(self.bits) if whole else float(self.bits))
 
@@ -159,6 +165,15 @@ class Format(ABC):
     def decode(self, stack: Stack, dtype: torch.dtype) -> Tensor:
         """The weights [n, rows, columns] in float32 or float64, computed in that type."""
 
+    def is_finite(self, stack: Stack) -> Tensor:
+        """bool [n]: whether what `encode` gave holds finite numbers; here for float scales and biases."""
+        scales = [tensor for tensor in (stack.scales, stack.biases) if tensor is not None]
+        dtype = SCALE_DTYPES.get(stack.settings.scale_type)
+        finite = torch.ones(len(stack.codes), dtype=torch.bool, device=stack.codes.device)
+        for tensor in scales if dtype else ():
+            finite &= torch.isfinite(as_type(tensor, dtype)).flatten(1).all(1)
+        return finite
+
     def take_rows(self, record: np.void, settings: Settings, start: int, count: int, step: int) -> None:
         """Changes a record to that of the rows start, start + step, ...; here for formats of independent rows."""
         record["codes"] += start * int(record["codes_stride"])
@@ -186,8 +201,8 @@ def round_up(value: int, multiple: int) -> int:
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, [..., bytes of the last dimension]; no copy where the last dimension is contiguous."""
-    if tensor.ndim and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        tensor = tensor.contiguous()
+    if tensor.ndim and tensor.stride(-1) != 1:  # `contiguous` leaves a dimension of one element as it is
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor.view(torch.uint8)
 
 

@@ -28,6 +28,7 @@ from .layout import Extent, Format, Settings, Stack
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Halfway between neighbours; a tie goes to the smaller magnitude.
 E2M1_TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+E4M3_LARGEST = 448.0
 
 
 class BlockFloat(Format):
@@ -61,12 +62,15 @@ class BlockFloat(Format):
     def encode(self, weights: Tensor, settings: Settings) -> Stack:
         n, rows, columns = weights.shape
         blocks = weights.float().reshape(n, rows, -1, self.BLOCK)
-        largest = blocks.abs().amax(-1) / (E2M1[-1] if self.BITS == 4 else 448.0)
+        largest = blocks.abs().amax(-1) / (E2M1[-1] if self.BITS == 4 else E4M3_LARGEST)
         if self.SCALE_TYPE == "e8m0":
             exponent = torch.log2(largest.double()).ceil().clamp(-127, 127)
             # A block of zeros has scale 1.
             scale_codes = torch.where(largest > 0, exponent + 127, 127).to(torch.uint8)
         else:
+            if largest.max() > E4M3_LARGEST:
+                limit = E4M3_LARGEST * E2M1[-1]
+                raise ValueError(f"w has values up to {float(blocks.abs().max()):.3g}; {self.NAME} has up to {limit:g}")
             scale_codes = encode_e4m3(largest)
         scales = decode_scales(scale_codes, self.SCALE_TYPE, torch.float32)[..., None]
         elements = torch.where(scales == 0, 0.0, blocks / torch.where(scales == 0, 1.0, scales))
@@ -120,4 +124,4 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
 def encode_e4m3(values: Tensor) -> Tensor:
     """To nearest, ties to even; beyond the largest: the largest."""
-    return values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+    return values.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)

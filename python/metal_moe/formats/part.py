@@ -33,6 +33,11 @@ class Part:
 
     def __init__(self, codes: Tensor, scales: Tensor, biases: Tensor, table: Tensor, what: str = "part") -> None:
         self.codes, self.scales, self.biases = codes, scales, biases
+        for name, buffer in {**self.buffers(), "table": table}.items():
+            if not isinstance(buffer, Tensor):
+                raise TypeError(f"{what}.{name} is of type {type(buffer).__name__}; it must be a torch.Tensor")
+        if table.is_meta:
+            raise ValueError(f"{what}.table is on the meta device; it must have values")
         for name, buffer in self.buffers().items():
             if buffer.dtype != torch.uint8 or buffer.ndim != 1 or not buffer.is_contiguous():
                 raise ValueError(f"{what}.{name} is {buffer.dtype} {tuple(buffer.shape)}; it must be flat uint8")
@@ -75,7 +80,8 @@ class Part:
     def aligned(self) -> Part:
         """Itself, or with the buffers copied whose address is not a multiple of 16."""
         buffers = [b.clone() if b.data_ptr() % ALIGNMENT else b for b in self.buffers().values()]
-        return Part(*buffers, self.table)
+        copied = any(new is not old for new, old in zip(buffers, self.buffers().values(), strict=True))
+        return Part(*buffers, self.table) if copied else self
 
     def stack(self, experts: list[int]) -> Stack:
         """Views of matrices with equal settings, without a copy for a single one or for evenly spaced ones."""
@@ -87,6 +93,8 @@ class Part:
             offsets = [int(self.records[expert][name]) for expert in experts]
             steps = {b - a for a, b in zip(offsets, offsets[1:], strict=False)}
             shape = (extent.rows, extent.row_bytes)
+            if not extent.rows:
+                return buffer.new_empty(len(experts), *shape)
             if len(steps) <= 1 and min(steps, default=0) >= 0:
                 step = steps.pop() if steps else 0
                 return buffer.as_strided(
@@ -147,6 +155,7 @@ def table_tensor(records: np.ndarray, device: torch.device) -> Tensor:
 def _check_records(part: Part, what: str) -> None:
     """Every record describes a matrix that lies within the buffers: a kernel that follows it stays inside."""
     known_numbers = numbers()
+    bytes_of_codes = 0
     first = part.records[0]
     for expert, record in enumerate(part.records):
         where = f"{what}.table, expert {expert}"
@@ -164,14 +173,14 @@ def _check_records(part: Part, what: str) -> None:
                 f"{where}: the matrix is [{rows}, {columns}], that of expert 0 "
                 f"[{first['rows']}, {first['columns']}]; they must be equal"
             )
-        settings = Settings(
-            known.NAME,
-            int(record["half_bits"]) / 2,
-            int(record["group_size"]),
-            SCALE_TYPES[record["scale_type"]],
-            CODEBOOKS[record["codebook"]],
-        )
         try:
+            settings = Settings(
+                known.NAME,
+                int(record["half_bits"]) / 2,
+                int(record["group_size"]),
+                SCALE_TYPES[record["scale_type"]],
+                CODEBOOKS[record["codebook"]],
+            )
             known.check(settings, rows, columns)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
@@ -181,9 +190,11 @@ def _check_records(part: Part, what: str) -> None:
         # Dense rows begin at any element.
         aligned = (element if settings.format == "dense" else 4, element, element)
         for (name, buffer), extent, stride, unit in zip(part.buffers().items(), extents, strides, aligned, strict=True):
-            if not extent.rows:
-                continue
             begin = int(record[name])
+            if not extent.rows:
+                if begin:
+                    raise ValueError(f"{where}: {name} begins at byte {begin}; {known.NAME} has none: it must be 0")
+                continue
             end = begin + (extent.rows - 1) * stride + extent.row_bytes
             if extent.rows > 1 and stride < extent.row_bytes:
                 raise ValueError(
@@ -196,16 +207,24 @@ def _check_records(part: Part, what: str) -> None:
             if end > buffer.numel():
                 raise ValueError(f"{where}: {name} ends at byte {end} of {buffer.numel()}")
         part.settings.append(settings)
+        bytes_of_codes += extents[0].rows * extents[0].row_bytes
+    if bytes_of_codes > part.codes.numel():
+        raise ValueError(
+            f"{what}.table: the experts' codes take {bytes_of_codes} bytes of {part.codes.numel()}: they overlap"
+        )
 
 
 def _flat(tensor: Tensor, extent: Extent) -> tuple[Tensor, int, int] | None:
-    """[n, rows, row bytes] as a flat buffer with strides between matrices and rows; None where it must be copied."""
+    """[n, rows, row bytes] as a flat buffer with strides between matrices and rows; None where it must be copied.
+
+    A buffer is whole multiples of 16 bytes, so that in a file of several all begin at such.
+    """
     n = tensor.shape[0]
     if extent.rows == 1:
         row = extent.row_bytes
     else:
         row = tensor.stride(1)
-    step = tensor.stride(0) if n > 1 else round_up(extent.rows * row, ALIGNMENT)
+    step = tensor.stride(0) if n > 1 else extent.rows * row
     dense = tensor.is_contiguous()
     if not dense or step % ALIGNMENT:
         return None

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import checks
-from .layout import SCALE_DTYPES, Settings, Stack, as_bytes, format_named, matrix_bytes
+from .layout import ALIGNMENT, SCALE_DTYPES, Settings, Stack, as_bytes, as_type, format_named, matrix_bytes
 from .part import Part, make_part
 from .safetensors_file import open_safetensors, save_safetensors
 
 # Parts that w1 may consist of; anything else is one part by the name of "weight".
 GATE_UP = ("gate", "up")
 BUFFERS = ("codes", "scales", "biases", "table")
+MLX_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 
 # Weights that are quantised at a time: 64 MiB of float32, times the few temporaries of an encoder.
 BATCH_ELEMENTS = 1 << 24
@@ -50,10 +53,14 @@ class QuantizedExperts:
     """
 
     def __init__(self, parts: Mapping[str, Part], bias: Tensor | None = None) -> None:
-        names = tuple(parts)
-        if names not in (("weight",), GATE_UP):
-            raise ValueError(f"QuantizedExperts: parts are {names}; they must be ('weight',) or {GATE_UP}")
-        self.parts = dict(parts)
+        if not isinstance(parts, Mapping) or not all(isinstance(part, Part) for part in parts.values()):
+            raise TypeError(
+                "QuantizedExperts: parts is no mapping of names to Parts; see quantize, from_mlx and the like"
+            )
+        names = ("weight",) if len(parts) == 1 else GATE_UP
+        if set(parts) != set(names):
+            raise ValueError(f"QuantizedExperts: parts are {tuple(parts)}; they must be ('weight',) or {GATE_UP}")
+        self.parts = {name: parts[name] for name in names}
         self.bias = bias
         # What fused_experts makes of the parts, kept for the next call: by (as gate and up, interleaved).
         self.kernel_forms: dict[tuple[bool, bool], KernelForm] = {}
@@ -70,6 +77,9 @@ class QuantizedExperts:
         self.shape = torch.Size((first.num_experts, len(names) * first.rows, first.columns))
         if bias is not None:
             checks.tensor("QuantizedExperts", "bias", bias, tuple(SCALE_DTYPES.values()), self.shape[:2])
+            if bias.device != first.device:
+                raise ValueError(f"QuantizedExperts: bias is on {bias.device}; it must be on {first.device}")
+            self.bias = bias.contiguous()
 
     # ---------------------------------------------------------------------------------------------- from checkpoints
 
@@ -98,7 +108,8 @@ class QuantizedExperts:
             bias: float [E, rows], added to the product; [E, 2 rows] or a pair for a pair of weights.
         """
         op = "QuantizedExperts.from_mlx"
-        format_named(mode)
+        if mode not in MLX_MODES:
+            raise ValueError(f"{op}: mode is {mode!r}; it must be one of {', '.join(MLX_MODES)}")
         parts = {}
         for name, (w, s, b, group, width) in _pairs(op, weight, scales, biases, group_size, bits).items():
             checks.tensor(op, "weight", w, (torch.uint32, torch.int32), (None, None, None))
@@ -165,12 +176,21 @@ class QuantizedExperts:
         from .trellis import stack_exl3
 
         op = "QuantizedExperts.from_exl3"
+        if isinstance(experts, Mapping) or not isinstance(experts, Sequence):
+            raise TypeError(f"{op}: experts is of type {type(experts).__name__}; it must be a list of mappings, or two")
         pair = len(experts) == 2 and not isinstance(experts[0], Mapping)
         sides = dict(zip(GATE_UP, experts, strict=True)) if pair else {"weight": experts}
+        if shape is not None and (
+            not isinstance(shape, Sequence) or len(shape) != 2 or not all(isinstance(size, int) for size in shape)
+        ):
+            raise TypeError(f"{op}: shape is {shape!r}; it must be (rows, columns)")
         parts, biases = {}, []
         for name, side in sides.items():
             if not side:
                 raise ValueError(f"{op}: experts is empty; it must name at least one expert")
+            for index, linear in enumerate(side):
+                if not isinstance(linear, Mapping) or not all(isinstance(t, Tensor) for t in linear.values()):
+                    raise TypeError(f"{op}: experts[{index}] is no mapping of names to tensors")
             stacks, bias = stack_exl3(op, side, shape)
             parts[name] = make_part(stacks)
             biases.append(bias)
@@ -210,28 +230,39 @@ class QuantizedExperts:
                 `trellis_quantizer.search`.
         """
         op = "QuantizedExperts.quantize"
-        known = format_named(format)
+        try:
+            known = format_named(format)
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}") from None
         for option in (*options, *(("hessian",) if hessian is not None else ())):
             if option not in known.SETTINGS_OPTIONS + known.ENCODE_OPTIONS:
                 raise TypeError(f"{op}: {option} is given; {format} has no such option")
         settings_options = {key: value for key, value in options.items() if key in known.SETTINGS_OPTIONS}
         encode_options = {key: value for key, value in options.items() if key in known.ENCODE_OPTIONS}
         sides = _sides(op, w, bits)
+        for argument, value in (("bits", bits), ("hessian", hessian)):
+            if isinstance(value, Mapping) and set(value) != set(sides):
+                raise ValueError(f"{op}: {argument} has the keys {tuple(value)}; they must be {tuple(sides)}")
         total = sum(side.shape[0] for side in sides.values())
         done = 0
         parts = {}
         for name, side in sides.items():
-            checks.tensor(op, "w", side, tuple(SCALE_DTYPES.values()) + (torch.float64,), (None, None, None))
             of_part = bits.get(name) if isinstance(bits, Mapping) else bits
             experts, rows, columns = side.shape
+            if side.is_meta:
+                raise ValueError(f"{op}: w is on the meta device; it must have values")
             if not experts:
                 raise ValueError(f"{op}: w has shape {tuple(side.shape)}; it must have at least one expert")
             metric = hessian.get(name) if isinstance(hessian, Mapping) else hessian
-            settings = [
-                known.settings(width, group_size, side.dtype, **settings_options) for width in _each(of_part, experts)
-            ]
-            for one in dict.fromkeys(settings):
-                _check(op, one, rows, columns)
+            try:
+                settings = [
+                    known.settings(width, group_size, side.dtype, **settings_options)
+                    for width in _each(of_part, experts)
+                ]
+                for one in dict.fromkeys(settings):
+                    _check_matrix(one, rows, columns)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{op}: {error}") from None
             if metric is not None:
                 _check_hessian(op, metric, experts, columns)
             stacks = []
@@ -241,11 +272,17 @@ class QuantizedExperts:
                 for begin in range(0, len(members), batch):
                     some = members[begin : begin + batch]
                     weights = side[some].float()
-                    if not torch.isfinite(weights).all():
-                        raise ValueError(f"{op}: w has infinite or NaN values in experts {some[0]} to {some[-1]}")
+                    for expert, finite in zip(some, torch.isfinite(weights).flatten(1).all(1).tolist(), strict=True):
+                        if not finite:
+                            raise ValueError(f"{op}: w has infinite or NaN values in expert {expert}")
                     if metric is not None:
                         encode_options["hessian"] = metric if metric.ndim == 2 else metric[some]
-                    stacks.append((some, known.encode(weights, one, **encode_options)))
+                    try:
+                        stack = known.encode(weights, one, **encode_options)
+                    except ValueError as error:
+                        raise ValueError(f"{op}: {error}") from None
+                    _check_encoded(op, some, weights, stack)
+                    stacks.append((some, stack))
                     done += len(some)
                     if progress is not None:
                         progress(done, total)
@@ -255,6 +292,9 @@ class QuantizedExperts:
     @classmethod
     def cat(cls, experts: Sequence[QuantizedExperts]) -> QuantizedExperts:
         """The experts of several, one after the other; formats may differ. Copies."""
+        experts = list(experts)
+        if not experts or not all(isinstance(each, QuantizedExperts) for each in experts):
+            raise TypeError("QuantizedExperts.cat: experts must be one or more QuantizedExperts")
         names = tuple(experts[0].parts)
         if any(tuple(each.parts) != names or each.shape[1:] != experts[0].shape[1:] for each in experts):
             raise ValueError(
@@ -269,8 +309,8 @@ class QuantizedExperts:
                 start += part.num_experts
             parts[name] = make_part(stacks)
         biases = [each.bias for each in experts]
-        if any(bias is None for bias in biases) and any(bias is not None for bias in biases):
-            raise ValueError("QuantizedExperts.cat: some have a bias; all must have one or none")
+        if len({None if bias is None else bias.dtype for bias in biases}) > 1:
+            raise ValueError("QuantizedExperts.cat: biases differ; all must be of one type, or there must be none")
         return cls(parts, None if biases[0] is None else torch.cat(biases))
 
     def untraced(self, function: Callable[..., None], *arguments: object) -> None:
@@ -333,12 +373,19 @@ class QuantizedExperts:
         float64 has no rounding beyond that of the codes' definition (trellis values are float16, as are suh and svh;
         the Hadamard transforms are computed in `dtype`); other types are computed in float32 and then rounded.
         """
+        op = "QuantizedExperts.dequantize"
+        if dtype not in (*SCALE_DTYPES.values(), torch.float64):
+            raise TypeError(f"{op}: dtype is {dtype}; it must be float16, bfloat16, float32 or float64")
+        wanted = None
         if experts is not None:
-            for expert in experts:
+            try:
+                wanted = [operator.index(expert) for expert in experts]
+            except TypeError:
+                raise TypeError(f"{op}: experts is {experts!r}; it must be numbers of experts") from None
+            for expert in wanted:
                 if not 0 <= expert < self.num_experts:
-                    raise ValueError(f"experts has {expert}; it must be from 0 to {self.num_experts - 1}")
+                    raise ValueError(f"{op}: experts has {expert}; it must be from 0 to {self.num_experts - 1}")
         working = torch.float64 if dtype == torch.float64 else torch.float32
-        wanted = None if experts is None else list(experts)
         count = self.num_experts if wanted is None else len(wanted)
         out = torch.empty(count, *self.shape[1:], dtype=dtype, device=self.device)
         for index, part in enumerate(self.parts.values()):
@@ -355,8 +402,14 @@ class QuantizedExperts:
         return QuantizedExperts({name: part.to(device) for name, part in self.parts.items()}, bias)
 
     def aligned(self) -> QuantizedExperts:
-        """With every buffer at an address that is a multiple of 16: buffers of mapped files that are not are copied."""
-        return QuantizedExperts({name: part.aligned() for name, part in self.parts.items()}, self.bias)
+        """With every buffer at an address that is a multiple of 16: buffers of mapped files that are not are copied.
+
+        Itself if there are none.
+        """
+        parts, bias = {name: part.aligned() for name, part in self.parts.items()}, self.bias
+        if bias is not None and bias.data_ptr() % ALIGNMENT:
+            bias = bias.clone()
+        return self if parts == self.parts and bias is self.bias else QuantizedExperts(parts, bias)
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """Tensors by name, without copies: `gate.codes`, `gate.scales`, `gate.biases`, `gate.table`, ..., `bias`."""
@@ -368,6 +421,8 @@ class QuantizedExperts:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "") -> QuantizedExperts:
         """From what `state_dict` gave, without copies. Every record of the tables is checked against the buffers."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state is of type {type(state).__name__}; it must be a mapping of names to tensors")
         found = [
             key[len(prefix) : -len(".table")] for key in state if key.startswith(prefix) and key.endswith(".table")
         ]
@@ -411,11 +466,35 @@ class QuantizedExperts:
 
 def _check(op: str, settings: Settings, rows: int, columns: int) -> None:
     try:
-        if rows < 1 or columns < 1:
-            raise ValueError(f"the matrix is [{rows}, {columns}]; it must have rows and columns")
-        format_named(settings.format).check(settings, rows, columns)
+        _check_matrix(settings, rows, columns)
     except ValueError as error:
         raise ValueError(f"{op}: {error}") from None
+
+
+def _check_matrix(settings: Settings, rows: int, columns: int) -> None:
+    if rows < 1 or columns < 1:
+        raise ValueError(f"the matrix is [{rows}, {columns}]; it must have rows and columns")
+    format_named(settings.format).check(settings, rows, columns)
+
+
+def _check_encoded(op: str, experts: list[int], weights: Tensor, stack: Stack) -> None:
+    """ValueError where scales are beyond what their type holds: weights would be NaN, or all zero."""
+    finite = format_named(stack.settings.format).is_finite(stack)
+    dtype = SCALE_DTYPES.get(stack.settings.scale_type)
+    scales = stack.scales if dtype is None or not stack.scales.numel() else as_type(stack.scales, dtype)
+    can_be_zero = scales.numel() > 0 and stack.settings.scale_type != "e8m0"
+    for place, expert in enumerate(experts):
+        largest = float(weights[place].abs().max())
+        if not finite[place]:
+            raise ValueError(
+                f"{op}: expert {expert} of w has values up to {largest:.3g}, too large for {stack.settings}: scales or "
+                f"weights are not finite in {stack.settings.scale_type}"
+            )
+        if can_be_zero and largest > 0 and not (scales[place] != 0).any():
+            raise ValueError(
+                f"{op}: expert {expert} of w has values up to {largest:.3g}, too small for {stack.settings}: all "
+                f"scales are 0 in {stack.settings.scale_type}"
+            )
 
 
 def _check_hessian(op: str, hessian: Tensor, experts: int, columns: int) -> None:
@@ -429,6 +508,11 @@ def _pairs(op: str, weight: object, *others: object) -> dict[str, list]:
     """Arguments of "weight" alone, or of "gate" and "up"."""
     if isinstance(weight, Tensor):
         return {"weight": [weight, *others]}
+    for value in others:
+        if isinstance(value, Tensor) or (
+            isinstance(value, Sequence) and not isinstance(value, str) and len(value) != 2
+        ):
+            raise TypeError(f"{op}: weight is a pair, gate and up; so must the other tensors be, and lists of numbers")
     if not isinstance(weight, Sequence) or len(weight) != 2:
         raise TypeError(f"{op}: weight is of type {type(weight).__name__}; it must be a torch.Tensor or a pair of them")
     return {
@@ -445,14 +529,17 @@ def _joined(bias: Tensor | Sequence[Tensor] | None) -> Tensor | None:
 
 
 def _sides(op: str, w: Tensor | Mapping[str, Tensor], bits: object) -> dict[str, Tensor]:
+    dtypes = (*SCALE_DTYPES.values(), torch.float64)
     if isinstance(w, Mapping):
-        if tuple(w) != GATE_UP:
+        if set(w) != set(GATE_UP):
             raise ValueError(f"{op}: w has the keys {tuple(w)}; they must be {GATE_UP}")
-        return dict(w)
-    checks.tensor(op, "w", w, tuple(SCALE_DTYPES.values()) + (torch.float64,), (None, None, None))
+        for name in GATE_UP:
+            checks.tensor(op, f'w["{name}"]', w[name], dtypes, (None, None, None))
+        return {name: w[name] for name in GATE_UP}
+    checks.tensor(op, "w", w, dtypes, (None, None, None))
     if not isinstance(bits, Mapping):
         return {"weight": w}
-    if tuple(bits) != GATE_UP:
+    if set(bits) != set(GATE_UP):
         raise ValueError(f"{op}: bits has the keys {tuple(bits)}; they must be {GATE_UP}")
     if w.shape[1] % 2:
         raise ValueError(f"{op}: w has {w.shape[1]} rows; gate and up rows must be equally many")
@@ -460,10 +547,10 @@ def _sides(op: str, w: Tensor | Mapping[str, Tensor], bits: object) -> dict[str,
 
 
 def _each(bits: float | Sequence[float] | None, experts: int) -> list[float | None]:
-    if isinstance(bits, Sequence):
+    if isinstance(bits, (Tensor, np.ndarray)):
+        bits = bits.tolist()
+    if isinstance(bits, Sequence) and not isinstance(bits, str):
         if len(bits) != experts:
-            raise ValueError(
-                f"QuantizedExperts.quantize: bits has {len(bits)} entries; it must have {experts}, one per expert"
-            )
+            raise ValueError(f"bits has {len(bits)} entries; it must have {experts}, one per expert")
         return list(bits)
     return [bits] * experts

@@ -13,8 +13,8 @@ Which tensors make up a layer is told by their names alone. L is the layer, E th
 `P.experts.{gate,up,down}_proj`, also with `switch_mlp` for `experts` and with `.weight`, `.bias` |
 | metal-moe | `P.experts.{w1,w2}.{weight,gate,up}.{codes,scales,biases,table}`, `P.experts.{w1,w2}.bias` |
 
-Shared experts are `P.shared_experts.{gate,up,down}_proj` or `P.shared_expert...` with tensors as for exl3, mlx or dense
-experts, whatever the routed ones are, or as metal-moe's; `P.shared_expert_gate` weighs them.
+Shared experts are `P.shared_experts.{gate,up,down}_proj`, `P.shared_expert...` or `P.shared_mlp...`, with tensors as
+for exl3, mlx or dense experts, whatever the routed ones are, or as metal-moe's; `P.shared_expert_gate` weighs them.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ EXL3_TENSORS = ("trellis", "suh", "svh", "su", "sv", "mul1", "mcg", "bias", "sca
 # Models whose EXL3 files hold `up` divided by this; the routing weights must be multiplied by it (after normalisation).
 EXL3_UP_DIVISORS = {"mistral4": 128.0, "laguna": 128.0}
 
-_LAYER = r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d{1,6})\.(?:[^.]+\.)*?)"
-_ONE_BY_ONE = _LAYER + r"experts\.(?P<expert>\d{1,6})\.(?P<projection>(?:gate|up|down)_proj|w[123])\."
+_NUMBER = "(?:0|[1-9][0-9]{0,5})"
+_LAYER = rf"(?P<block>(?:.*\.)?layers\.(?P<layer>{_NUMBER})\.(?:[^.]+\.)*?)"
+_ONE_BY_ONE = _LAYER + rf"experts\.(?P<expert>{_NUMBER})\.(?P<projection>(?:gate|up|down)_proj|w[123])\."
 _STACKED = _LAYER + r"(?:switch_mlp|experts)\.(?P<projection>(?:gate|up|down)_proj)\."
 _PATTERNS = {
     "exl3": re.compile(_ONE_BY_ONE + rf"(?P<tensor>{'|'.join(EXL3_TENSORS)})"),
@@ -66,6 +67,8 @@ _PATTERNS = {
         _LAYER + rf"experts\.(?P<projection>w1|w2)\.(?P<tensor>(?:weight|gate|up)\.(?:{'|'.join(BUFFERS)})|bias)"
     ),
 }
+# Layers for multi-token prediction, numbered anew beside the model's.
+_MTP = re.compile(r"(?:^|\.)mtp\.")
 # Longer names are no model's, and matching takes time that grows faster than they do.
 _MAX_NAME = 512
 # Of these a layer must have at least one tensor to be of the kind ("bias" alone says nothing).
@@ -111,12 +114,17 @@ class ExpertReader:
         with ExpertReader("gpt-oss-20b") as reader:
             for layer in reader.layers:
                 experts = reader.read(layer)
+
+    Args:
+        path: a safetensors file, or a folder of them.
+        prefix: tensors of other names are left out: of a checkpoint with several models, "thinker." for one. Blocks of
+            multi-token prediction ("mtp.") are left out where there are others.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, prefix: str = "") -> None:
         self.checkpoint = Checkpoint(path)
         try:
-            self._found = _find_layers(self.checkpoint)
+            self._found = _find_layers(self.checkpoint, prefix)
         except BaseException:
             self.checkpoint.close()
             raise
@@ -129,11 +137,16 @@ class ExpertReader:
     def source(self, layer: int) -> str:
         return self._layer(layer).source
 
+    def block(self, layer: int) -> str:
+        """The name in front of "experts"."""
+        return self._layer(layer).block
+
     def read(self, layer: int) -> LayerExperts:
         """The experts of one layer. Stacked tensors stay where the file is mapped.
 
-        Copied are EXL3's and dense ones, and stacked dense ones where rows and columns are exchanged or gate and up are
-        apart.
+        Copied are EXL3's and dense ones, stacked dense ones where rows and columns are exchanged or gate and up are
+        apart, and tensors that begin at no multiple of their type's size (MLX writes such files). Kernels want multiples
+        of 16 bytes: `QuantizedExperts.aligned`.
         """
         return self._layer(layer).read(self.checkpoint)
 
@@ -178,10 +191,10 @@ class _Layer:
             "stacked": self._stacked,
             "metal-moe": self._own,
         }[self.source]
-        try:
+        with checks.within(str(checkpoint.path)):
             made = read(checkpoint)
             experts, rows, hidden = made["w1"].shape
-            if tuple(made["w2"].shape) != (experts, hidden, rows // 2) or rows % 2:
+            if tuple(made["w2"].shape) != (experts, hidden, rows // 2) or rows % 2 or not rows:
                 shapes = f"w1 [{experts}, {rows}, {hidden}] and w2 {list(made['w2'].shape)}"
                 raise ValueError(f"{self.block}experts: {shapes} do not fit; they must be [E, 2I, H] and [E, H, I]")
             if self.shared:
@@ -192,10 +205,6 @@ class _Layer:
                         f"{self.block}: shared experts have a hidden size of {shared_hidden}; it must be {hidden}"
                     )
             return LayerExperts(self.layer, self.source, self.block, **made)
-        except (ValueError, TypeError) as error:
-            text = str(error)
-            where = str(checkpoint.path)
-            raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
 
     def _need(self, projection: str, tensor: str, expert: int | None = None) -> str:
         name = self.names.get((expert, projection), {}).get(tensor)
@@ -239,33 +248,24 @@ class _Layer:
         sides = {}
         for projection in ("gate", "up", "down"):
             weight = self._need(projection, "weight")
-            how = mlx_quantization(checkpoint.config, weight.removesuffix(".weight"))
-            names = self.names[None, projection]
             self._need(projection, "scales")
-            sides[projection] = {
-                t: checkpoint.get(names[t]) if t in names else None for t in ("weight", "scales", "biases")
-            }
-            sides[projection] |= how | {"bias": checkpoint.get(names["bias"]) if "bias" in names else None}
-        pair = {
-            key: [sides["gate"][key], sides["up"][key]] for key in ("weight", "scales", "biases", "group_size", "bits")
-        }
-        mode = {sides["gate"]["mode"], sides["up"]["mode"]}
-        if len(mode) > 1:
-            raise ValueError(f"{self.block}: gate and up have the modes {sorted(mode)}; they must be equal")
-        bias = _cat_bias(sides["gate"]["bias"], sides["up"]["bias"])
-        return {
-            "w1": QuantizedExperts.from_mlx(**pair, mode=mode.pop(), bias=bias),
-            "w2": QuantizedExperts.from_mlx(**sides["down"]),
-        }
+            module = weight.removesuffix(".weight")
+            with checks.within(f"{checkpoint.where(weight)}: {module}"):
+                how = mlx_quantization(checkpoint.config, module)
+                tensors = {t: checkpoint.get(name) for t, name in self.names[None, projection].items()}
+                sides[projection] = QuantizedExperts.from_mlx(**tensors, **how)
+        bias = _cat_bias(sides["gate"].bias, sides["up"].bias)
+        pair = {name: sides[name].parts["weight"] for name in GATE_UP}
+        return {"w1": QuantizedExperts(pair, bias), "w2": sides["down"]}
 
     def _gpt_oss(self, checkpoint: Checkpoint) -> dict:
         made = {}
         for target, projection in (("w1", "gate_up_proj"), ("w2", "down_proj")):
-            blocks, scales = (checkpoint.get(self._need(projection, t)) for t in ("blocks", "scales"))
-            bias = self.names[None, projection].get("bias")
-            made[target] = QuantizedExperts.from_mxfp4(
-                blocks, scales, bias=None if bias is None else checkpoint.get(bias)
-            )
+            name = self._need(projection, "blocks")
+            self._need(projection, "scales")
+            with checks.within(f"{checkpoint.where(name)}: {self.block}experts.{projection}"):
+                tensors = {t: checkpoint.get(name) for t, name in self.names[None, projection].items()}
+                made[target] = QuantizedExperts.from_mxfp4(**tensors)
         return {**made, "interleaved": True}
 
     def _dense(self, checkpoint: Checkpoint) -> dict:
@@ -309,45 +309,50 @@ class _Layer:
         made = {}
         for target in ("w1", "w2"):
             state = {t: checkpoint.get(name) for t, name in self.names.get((None, target), {}).items()}
-            try:
+            with checks.within(f"{self.block}experts.{target}"):
                 made[target] = QuantizedExperts.from_state_dict(state)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{self.block}experts.{target}: {error}") from None
         return made
 
 
-def _find_layers(checkpoint: Checkpoint) -> dict[int, _Layer]:
-    found: dict[int, dict[str, _Layer]] = {}
+def _find_layers(checkpoint: Checkpoint, prefix: str) -> dict[int, _Layer]:
+    found: dict[int, dict[tuple[str, str], _Layer]] = {}
     shared: dict[str, dict[str, dict[str, str]]] = {}
-    for name in checkpoint.names():
+    names = [name for name in checkpoint.names() if name.startswith(prefix)]
+    for name in names:
         if len(name) > _MAX_NAME:
             raise ValueError(
                 f"{checkpoint.path}: a tensor's name has {len(name)} characters; at most {_MAX_NAME} are read"
             )
-        shared_experts.find(name, shared)
+        with checks.within(str(checkpoint.path)):
+            shared_experts.find(name, shared)
         for source, pattern in _PATTERNS.items():
             match = pattern.fullmatch(name)
             if match is None:
                 continue
             groups = match.groupdict()
-            number = int(groups["layer"])
-            layer = found.setdefault(number, {}).setdefault(source, _Layer(number, source, groups["block"], {}))
-            if layer.block != groups["block"]:
-                raise ValueError(
-                    f"{checkpoint.path}: layer {number} has experts in {layer.block} and in {groups['block']}"
-                )
+            number, block = int(groups["layer"]), groups["block"]
+            layer = found.setdefault(number, {}).setdefault((source, block), _Layer(number, source, block, {}))
             expert = None if groups.get("expert") is None else int(groups["expert"])
             projection = groups["projection"]
             if source in ("exl3", "dense", "mlx", "stacked"):
                 projection = PROJECTIONS[projection]
-            layer.names.setdefault((expert, projection), {})[groups["tensor"] or "weight"] = name
+            tensors = layer.names.setdefault((expert, projection), {})
+            other = tensors.setdefault(groups["tensor"] or "weight", name)
+            if other != name:
+                raise ValueError(f"{checkpoint.path}: {other} and {name} are names of the same; there must be one")
     layers = {}
     for number, kinds in found.items():
         known = [
             kind
-            for source, kind in kinds.items()
+            for (source, _), kind in kinds.items()
             if any(tensor in names for names in kind.names.values() for tensor in _TELLING[source])
         ]
+        known = [kind for kind in known if not _MTP.search(kind.block)] or known
+        blocks = sorted({kind.block for kind in known})
+        if len(blocks) > 1:
+            raise ValueError(
+                f"{checkpoint.path}: layer {number} has experts in {' and in '.join(blocks)}; name one by its prefix"
+            )
         if any(kind.source == "mlx" for kind in known):  # whose weights have the names of stacked ones
             known = [kind for kind in known if kind.source != "stacked"]
         if len(known) > 1:
@@ -358,7 +363,8 @@ def _find_layers(checkpoint: Checkpoint) -> dict[int, _Layer]:
             layers[number] = known[0]
             known[0].shared = shared.get(known[0].block, {})
     if not layers:
-        raise ValueError(f"{checkpoint.path}: no experts are found among {len(checkpoint.names())} tensors")
+        of = f" whose names begin with {prefix!r}" if prefix else ""
+        raise ValueError(f"{checkpoint.path}: no experts are found among {len(names)} tensors{of}")
     return layers
 
 

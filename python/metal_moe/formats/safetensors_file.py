@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .whole_file import whole_file
+
 # Of a cache line; kernels ask for 16.
 ALIGNMENT = 64
 
@@ -47,8 +49,10 @@ class SafetensorsFile:
         return list(self._file.keys())
 
     def get(self, name: str) -> Tensor:
+        """Mapped, where it begins at a multiple of its type's size: MLX writes files whose tensors begin anywhere."""
         with _named(self.path):
-            return self._file.get_tensor(name)
+            tensor = self._file.get_tensor(name)
+        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 @contextmanager
@@ -64,6 +68,8 @@ def _named(path: Path) -> Iterator[None]:
 @contextmanager
 def open_safetensors(path: str | os.PathLike) -> Iterator[SafetensorsFile]:
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a valid safetensors file: not a regular one")
     with _named(path):
         file = safe_open(path, framework="pt")
     with file as opened:
@@ -88,15 +94,9 @@ def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], met
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                tensor = tensors[name].detach().contiguous().cpu()
-                if tensor.numel():
-                    file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = tensors[name].detach().contiguous().cpu()
+            if tensor.numel():
+                file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

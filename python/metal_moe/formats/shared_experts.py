@@ -17,7 +17,8 @@ from .trellis import TILE, padded_sizes, stack_exl3
 
 _TENSORS = ("weight", "scales", "biases", "trellis", "suh", "svh", "su", "sv", "mul1", "mcg", "bias")
 _PATTERN = re.compile(
-    rf"(?P<block>.*\.)shared_expert(?:s?\.(?P<projection>gate|up|down)_proj|_gate)\.(?P<tensor>{'|'.join(_TENSORS)})"
+    r"(?P<block>.*\.)shared_(?:(?:experts?|mlp)\.(?P<projection>gate|up|down)_proj|expert_gate)"
+    rf"\.(?P<tensor>{'|'.join(_TENSORS)})"
 )
 # As `metal-moe quantize` writes them.
 _OWN = re.compile(
@@ -32,7 +33,9 @@ def find(name: str, found: dict[str, dict[str, dict[str, str]]]) -> None:
     match = _PATTERN.fullmatch(name) or _OWN.fullmatch(name)
     if match:
         projection = match["projection"] or GATE_OF_ALL
-        found.setdefault(match["block"], {}).setdefault(projection, {})[match["tensor"]] = name
+        other = found.setdefault(match["block"], {}).setdefault(projection, {}).setdefault(match["tensor"], name)
+        if other != name:
+            raise ValueError(f"{other} and {name} are names of the same; there must be one")
 
 
 def read(block: str, names: dict[str, dict[str, str]], checkpoint: Checkpoint, hidden: int) -> dict:
@@ -75,10 +78,8 @@ def _own(where: str, names: dict, checkpoint: Checkpoint) -> dict:
     made = {}
     for target in ("w1", "w2"):
         state = {tensor: checkpoint.get(name) for tensor, name in names.get(target, {}).items()}
-        try:
+        with checks.within(f"{where}s.{target}"):
             made[f"shared_{target}"] = QuantizedExperts.from_state_dict(state)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{where}s.{target}: {error}") from None
     return made
 
 
@@ -107,11 +108,15 @@ def _exl3(where: str, names: dict, checkpoint: Checkpoint, hidden: int) -> dict:
 def _from_mlx(tensors: dict[str, str], checkpoint: Checkpoint) -> QuantizedExperts:
     if "weight" not in tensors:
         raise ValueError(f"a tensor is missing: weight beside {tensors['scales']}")
-    how = mlx_quantization(checkpoint.config, tensors["weight"].removesuffix(".weight"))
-    loaded = {
-        tensor: checkpoint.get(tensors[tensor])[None] for tensor in ("weight", "scales", "biases") if tensor in tensors
-    }
-    return QuantizedExperts.from_mlx(**loaded, **how)
+    module = tensors["weight"].removesuffix(".weight")
+    with checks.within(f"{checkpoint.where(tensors['weight'])}: {module}"):
+        how = mlx_quantization(checkpoint.config, module)
+        loaded = {
+            tensor: checkpoint.get(tensors[tensor])[None]
+            for tensor in ("weight", "scales", "biases")
+            if tensor in tensors
+        }
+        return QuantizedExperts.from_mlx(**loaded, **how)
 
 
 def _mlx(where: str, names: dict, checkpoint: Checkpoint) -> dict:

@@ -41,7 +41,7 @@ def dequantize(stack: Stack) -> Tensor:
     words = _aligned(stack.codes, torch.int32)
     suh = _aligned(stack.scales, torch.float16).view(-1, columns)
     svh = _aligned(stack.biases, torch.float16).view(-1, rows)
-    out = torch.empty(words.shape[0], rows, columns, device=words.device)
+    out = torch.empty(words.shape[0], rows, columns, dtype=torch.float32, device=words.device)
     _core.dequantize_trellis(engine_of(words), words, suh, svh, out, half_bits, codebook)
     return out[:, : stack.rows, : stack.columns]
 

@@ -91,9 +91,9 @@ def _target(bits: float, codebook: str) -> float:
 
 def _rotate(weights: Tensor, target: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """What is to be rounded, of standard deviation `target`, with suh and svh as they are stored."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     su, sv = (
-        (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).to(weights.device, torch.float32)
+        (torch.randint(0, 2, (size,), generator=generator, device="cpu") * 2 - 1).to(weights.device, torch.float32)
         for size in weights.shape[1:]
     )
     by_output = weights.square().mean(1).sqrt()
@@ -142,7 +142,7 @@ def _rotated_hessian(hessian: Tensor, inputs: int, suh: Tensor) -> Tensor:
     damped = damped + torch.diag_embed((DAMPING * torch.where(mean > 0, mean, 1.0))[..., None].expand(diagonal.shape))
     if damped.ndim == 2:
         damped = damped[None]
-    padded = torch.eye(size, device=suh.device).repeat(damped.shape[0], 1, 1)
+    padded = torch.eye(size, dtype=torch.float32, device=suh.device).repeat(damped.shape[0], 1, 1)
     padded *= damped.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     padded[:, :inputs, :inputs] = damped
     # An input whose weights are zero has suh 0: any scale will do, for whatever is rounded there is nothing later.
@@ -154,7 +154,7 @@ def _block_lower(hessian: Tensor) -> Tensor:
     """Unit block lower triangular L of hessian = L D L^T, in blocks of 16."""
     size = hessian.shape[-1]
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    eye = torch.eye(size, device=hessian.device)
+    eye = torch.eye(size, dtype=torch.float32, device=hessian.device)
     for attempt in range(DAMPING_TRIES + 1):
         damping = 0.0 if attempt == 0 else DAMPING * 10.0 ** (attempt - DAMPING_TRIES) * mean
         factor, failed = torch.linalg.cholesky_ex(hessian + damping * eye)
@@ -164,7 +164,7 @@ def _block_lower(hessian: Tensor) -> Tensor:
         raise ValueError("hessian is not positive semidefinite, or has values that are no numbers")
     blocks = size // TILE
     diagonal = factor.view(-1, blocks, TILE, blocks, TILE).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    inverse = torch.linalg.solve_triangular(diagonal, torch.eye(TILE, device=hessian.device), upper=False)
+    inverse = torch.linalg.solve_triangular(diagonal, eye[:TILE, :TILE], upper=False)
     columns = factor.view(-1, size, blocks, TILE)
     return torch.einsum("nskt,nktu->nsku", columns, inverse).reshape(-1, size, size)
 

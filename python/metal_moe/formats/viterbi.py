@@ -68,7 +68,7 @@ def _closed(values: Tensor, steps: list[int], codebook: str, tiles: int) -> Tens
     around = _forward(values, [*range(middle, WEIGHTS), *range(middle)], steps, book, free, tiles)
     _, seam = _trace(values, range(middle), steps, book, around[middle:], around[-1].argmin(1))
     del around
-    fixed = torch.full((n, STATES >> steps[0]), torch.inf, device=values.device).scatter_(1, seam[:, None], 0.0)
+    fixed = values.new_full((n, STATES >> steps[0]), torch.inf).scatter_(1, seam[:, None], 0.0)
     history = _forward(values, range(WEIGHTS), steps, book, fixed, tiles)
     states, _ = _trace(values, range(WEIGHTS), steps, book, history, seam)
     return states
