@@ -20,6 +20,12 @@ def to_torch(values: mx.array) -> torch.Tensor:
     return torch.from_numpy(np.array(values))
 
 
+def torch_to_mlx(values: torch.Tensor) -> mx.array:
+    if values.dtype == torch.bfloat16:
+        return mx.array(values.view(torch.uint16).numpy()).view(mx.bfloat16)
+    return mx.array(values.numpy())
+
+
 def mlx_quantize(weights: mx.array, group_size: int, bits: int, mode: str) -> list[torch.Tensor]:
     """Codes (uint32), scales and, for affine, biases."""
     return [to_torch(each) for each in mx.quantize(weights, group_size=group_size, bits=bits, mode=mode)]

@@ -167,3 +167,14 @@ def test_errors_are_one_line_on_stderr(arguments, message, capsys):
 def test_module_runs():
     result = subprocess.run([sys.executable, "-m", "metal_moe", "info", "--json"], capture_output=True, check=True)
     assert json.loads(result.stdout)["versions"]["metal_moe"] == metal_moe.__version__
+
+
+def test_a_result_that_cannot_be_printed(capfd):
+    """A full disk behind stdout: one line, no traceback; progress that cannot be shown is no error."""
+    command = [sys.executable, "-m", "metal_moe", "kernels"]
+    with open("/dev/full", "w") as full:
+        failed = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
+        assert "metal-moe kernels: the result could not be printed: [Errno 28]" in failed.stderr
+        demo = [sys.executable, "-m", "metal_moe", "demo", "--scale", "0.05", "--tokens", "1"]
+        assert subprocess.run(demo, stderr=full, stdout=subprocess.PIPE).returncode == 0

@@ -11,6 +11,7 @@ import torch
 from metal_moe import cli
 from metal_moe.cli.plot import log_chart
 from metal_moe.formats import ExpertReader, QuantizedExperts
+from metal_moe.formats.safetensors_file import save_safetensors
 from mlx_tensors import mlx_quantize, to_mlx
 from safetensors.torch import save_file
 from test_formats_mxfp4 import gpt_oss
@@ -159,6 +160,10 @@ WRONG = [
     (["--format", "affine", "--codebook", "mcg"], "--codebook is given; affine has none"),
     (["--format", "mxfp4", "--scale-dtype", "fp16"], "--scale-dtype is given; mxfp4 has none"),
     (["--device", "mps"], "--device is mps; it must be cpu"),
+    (["--seed", str(10**30)], "--seed is 1000000000000000000000000000000; it must be from 0 to"),
+    (["--plot", "nowhere/errors.svg"], "--plot: there is no folder"),
+    (["--format", "mxfp4", "--shared-bits", "4"], "--shared-bits is given; there are no shared experts"),
+    (["--prefix", "thinker."], "no experts are found among 0 tensors whose names begin with 'thinker.'"),
     (["--calibration", "nowhere.safetensors"], "nowhere.safetensors: there is no such file"),
 ]
 
@@ -195,10 +200,56 @@ def test_inputs_that_do_not_fit(capsys, tmp_path):
 
 def test_nothing_is_overwritten(capsys, tmp_path):
     dense_checkpoint(tmp_path / "dense")
-    arguments = ["quantize", tmp_path / "dense", "--output", tmp_path / "out", "--format", "mxfp4", "--layers", "0"]
-    assert run(capsys, *arguments)[0] == 0
-    status, _, err = run(capsys, *arguments)
-    assert status == 1 and "is there already" in err
+    arguments = ["quantize", tmp_path / "dense", "--format", "mxfp4", "--layers", "0", "--output"]
+    assert run(capsys, *arguments, tmp_path / "out")[0] == 0
+    before = {file: file.read_bytes() for file in tmp_path.glob("*/*")}
+    for output in (tmp_path / "out", tmp_path / "dense", tmp_path, tmp_path / "dense" / "config.json"):
+        status, _, err = run(capsys, *arguments, output)
+        assert status == 1 and "is there already" in err
+    assert {file: file.read_bytes() for file in tmp_path.glob("*/*")} == before
+    (tmp_path / "empty").mkdir()
+    assert run(capsys, *arguments, tmp_path / "empty")[0] == 0
+
+
+def stopped_after(count: int, error: BaseException):
+    """`save_safetensors` that fails beyond so many files."""
+    left = iter(range(count))
+
+    def save(*arguments):
+        if next(left, None) is None:
+            raise error
+        save_safetensors(*arguments)
+
+    return save
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device", "x")])
+def test_a_stopped_run_goes_on(error, capsys, tmp_path, monkeypatch):
+    dense_checkpoint(tmp_path / "dense", layers=(0, 3, 5))
+    arguments = ["quantize", tmp_path / "dense", "--format", "affine", "--group-size", "32", "--output"]
+    expected = run_json(capsys, *arguments, tmp_path / "whole")
+    monkeypatch.setattr(cli.quantize, "save_safetensors", stopped_after(0, error))
+    status, _, err = run(capsys, *arguments, tmp_path / "out")
+    assert status != 0 and not list(tmp_path.glob("out*")), "nothing was done"
+    monkeypatch.setattr(cli.quantize, "save_safetensors", stopped_after(2, error))
+    status, _, err = run(capsys, *arguments, tmp_path / "out")
+    assert status == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert f"2 of 3 layers are in {tmp_path / 'out'}.unfinished; the same command goes on from there" in err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="model-00003-of-00003.safetensors is missing"):
+        ExpertReader(tmp_path / "out.unfinished")
+    status, _, err = run(capsys, *arguments, tmp_path / "out", "--bits", "8")
+    assert status == 1 and "is of a run whose bits was null, not 8.0; delete it, or name another folder" in err
+    monkeypatch.setattr(cli.quantize, "save_safetensors", stopped_after(1, error))
+    result = run_json(capsys, *arguments, tmp_path / "out")
+    assert not (tmp_path / "out.unfinished").exists()
+    errors = [[layer["projections"] for layer in each["layers"]] for each in (result, expected)]
+    assert errors[0] == errors[1]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(
+        f.name for f in (tmp_path / "whole").iterdir()
+    )
+    for one, other in zip(ExpertReader(tmp_path / "out"), ExpertReader(tmp_path / "whole"), strict=True):
+        assert torch.equal(one.w1.dequantize(), other.w1.dequantize())
 
 
 @pytest.mark.parametrize("arguments", [["--layers", "3-1"], ["--layers", "x"], ["--expert-bits", "7"]])

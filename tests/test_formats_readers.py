@@ -1,12 +1,15 @@
 """Readers of checkpoints, on files that the safetensors package wrote under the names that published ones have."""
 
 import json
+import os
 from pathlib import Path
 
+import metal_moe
+import mlx.core as mx
 import pytest
 import torch
 from metal_moe.formats import Checkpoint, ExpertReader, QuantizedExperts
-from mlx_tensors import mlx_quantize, to_mlx
+from mlx_tensors import mlx_quantize, to_mlx, torch_to_mlx
 from safetensors.torch import save_file
 from test_formats_mxfp4 import gpt_oss
 from test_formats_trellis import exl3_linear
@@ -643,3 +646,97 @@ def test_layers_and_folders_that_are_not_there(tmp_path):
         ExpertReader(tmp_path).read(5)
     with pytest.raises(ValueError, match="there is no tensor x"):
         Checkpoint(tmp_path).get("x")
+
+
+def test_a_missing_file_is_no_smaller_model(tmp_path):
+    """Without an index names tell how many files there are."""
+    tensors = fused_checkpoint((3, 64, 32), False)
+    save_sharded(tmp_path, tensors, 2)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert ExpertReader(tmp_path).layers == [0]
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is missing; model-00001-of-00002"):
+        ExpertReader(tmp_path)
+
+
+def test_several_models_in_one_checkpoint(tmp_path):
+    """Blocks of multi-token prediction have layers of their own numbers; other models are told apart by a prefix."""
+    tensors = fused_checkpoint((3, 64, 32), False)
+    mtp = {name.replace("model.layers", "mtp.layers"): tensor * 2 for name, tensor in tensors.items()}
+    save_sharded(tmp_path / "mtp", tensors | mtp, config={"model_type": "gpt_oss"})
+    with ExpertReader(tmp_path / "mtp") as reader:
+        assert reader.block(0) == "model.layers.0.mlp."
+        assert torch.equal(reader.read(0).w1, ExpertReader(tmp_path / "mtp", "model.").read(0).w1)
+    talker = {"talker." + name: tensor * 2 for name, tensor in tensors.items()}
+    save_sharded(tmp_path / "two", {"thinker." + name: tensor for name, tensor in tensors.items()} | talker)
+    with pytest.raises(ValueError, match="layer 0 has experts in talker.*and in thinker.*; name one by its prefix"):
+        ExpertReader(tmp_path / "two")
+    assert ExpertReader(tmp_path / "two", "talker.").block(0).startswith("talker.")
+    with pytest.raises(ValueError, match="no experts are found among 0 tensors whose names begin with 'x'"):
+        ExpertReader(tmp_path / "two", "x")
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path):
+    gate = "model.layers.0.mlp.experts.0.gate_proj.weight"
+    tensors = {gate.replace("gate", name): torch.zeros(shape) for name, shape in (("gate", (32, 64)), ("up", (32, 64)))}
+    tensors[gate.replace("gate", "down")] = torch.zeros(64, 32)
+    save_sharded(tmp_path / "a", tensors | {gate.replace("gate_proj", "w1"): torch.zeros(32, 64)})
+    with pytest.raises(ValueError, match="are names of the same; there must be one"):
+        ExpertReader(tmp_path / "a")
+    shared = {f"model.layers.0.mlp.{s}.gate_proj.weight": torch.zeros(32, 64) for s in ("shared_expert", "shared_mlp")}
+    save_sharded(tmp_path / "b", tensors | shared)
+    with pytest.raises(ValueError, match="are names of the same; there must be one"):
+        ExpertReader(tmp_path / "b")
+
+
+@pytest.mark.parametrize("length", range(1, 17))
+def test_files_that_mlx_wrote(length, tmp_path):
+    """Their tensors begin anywhere: `length` shifts them."""
+    bits = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4)
+    tensors = mlx_checkpoint("mlp.switch_mlp", "affine", 64, bits, True)
+    config = {"quantization": {"group_size": 64, "bits": 4}}
+    save_sharded(tmp_path / "aligned", tensors, 1, config)
+    (tmp_path / "mlx").mkdir()
+    arrays = {name: torch_to_mlx(tensor) for name, tensor in tensors.items()}
+    mx.save_safetensors(str(tmp_path / "mlx" / "model.safetensors"), arrays, {"x" * length: "y"})
+    (tmp_path / "mlx" / "config.json").write_text(json.dumps(config))
+    expected, got = (ExpertReader(tmp_path / name).read(0) for name in ("aligned", "mlx"))
+    x, routing = torch.randn(3, 128).bfloat16(), (torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int32))
+    results = [metal_moe.fused_experts(x, e.w1.aligned(), e.w2.aligned(), *routing) for e in (expected, got)]
+    assert torch.equal(*results)
+
+
+def test_quantisation_by_module_inherits_nothing(tmp_path):
+    """As in MLX: what a module's own entry does not say is the default of its mode, not the model's setting."""
+    bits = {"gate_proj": 4, "up_proj": 4, "down_proj": 6}
+    tensors = mlx_checkpoint("mlp.switch_mlp", "affine", 64, bits, False)
+    down = "model.layers.0.mlp.switch_mlp.down_proj"
+    config = {"group_size": 64, "bits": None, "mode": None, down: {"bits": 6}}
+    save_sharded(tmp_path, tensors, 1, {"quantization": config | {"group_size": None}})
+    experts = ExpertReader(tmp_path).read(0)
+    assert [s.bits for s in (experts.w1.parts["gate"].settings[0], experts.w2.parts["weight"].settings[0])] == [4, 6]
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors"])
+def test_what_is_no_file(file, tmp_path):
+    """A pipe would be waited for."""
+    save_sharded(tmp_path, fused_checkpoint((3, 64, 32), False), 1, {"hidden_size": 64})
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(ValueError, match=f"{file}: .*not a regular"):
+        ExpertReader(tmp_path).read(0)
+
+
+def test_a_config_with_a_byte_order_mark(tmp_path):
+    save_sharded(tmp_path, fused_checkpoint((3, 64, 32), False), 1)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64}), encoding="utf-8-sig")
+    assert Checkpoint(tmp_path).config == {"hidden_size": 64}
+
+
+def test_messages_name_file_and_module(tmp_path):
+    bits = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4)
+    name = "model.layers.0.mlp.switch_mlp.up_proj"
+    tensors = mlx_checkpoint("mlp.switch_mlp", "affine", 64, bits, False)
+    save_sharded(tmp_path, tensors | {f"{name}.scales": torch.zeros(4, 3, 1)}, 1, {"quantization": {"bits": 4}})
+    with pytest.raises(ValueError, match=rf"model-00001-of-00001.safetensors: {name}: .*scales has shape \(4, 3, 1\)"):
+        ExpertReader(tmp_path).read(0)

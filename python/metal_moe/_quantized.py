@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.compiler import is_compiling
 
 from . import _core
@@ -192,13 +193,14 @@ def _make_form(weights: QuantizedExperts, op: str, name: str, pair: bool, interl
     # Taking gate and up apart checks every record again: once per layer is enough.
     if _known_form(weights, pair, interleaved) is not None:
         return
-    now = QuantizedExperts(weights.parts, weights.bias).shape
+    now = QuantizedExperts(weights.parts).shape
     if now != weights.shape:
         wrong_value(op, name, f"of parts that were replaced by those of {tuple(now)}", tuple(weights.shape))
     if pair and weights.shape[1] % 2:
         wrong_value(op, name, f"of shape {tuple(weights.shape)}", "of an even number of rows, gate and up")
     try:
-        of_weights = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
+        with unset_fake_temporarily():  # what is made is kept
+            of_weights = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
     except ValueError as error:
         raise ValueError(f"{op}: {name}: {error}") from None
     for part in of_weights:

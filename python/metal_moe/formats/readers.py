@@ -145,8 +145,8 @@ class ExpertReader:
         """The experts of one layer. Stacked tensors stay where the file is mapped.
 
         Copied are EXL3's and dense ones, stacked dense ones where rows and columns are exchanged or gate and up are
-        apart, and tensors that begin at no multiple of their type's size (MLX writes such files). Kernels want multiples
-        of 16 bytes: `QuantizedExperts.aligned`.
+        apart, and tensors that begin at no multiple of their type's size (MLX writes such files). Kernels want
+        multiples of 16 bytes: `QuantizedExperts.aligned`.
         """
         return self._layer(layer).read(self.checkpoint)
 
