@@ -53,9 +53,10 @@ def list_of(folder: Path) -> str:
 #pragma once
 {includes}
 
-/// visit.run<Decoder>() with the decoder of `matrix`. Uniform in a simdgroup, outside of its inner loops.
+/// visit.run<Decoder>() with the decoder of `matrix`. Uniform in a simdgroup, outside of its inner loops. Inlined
+/// always: a kernel that is compiled for one format must not keep the decoders of the others.
 template <typename Visit>
-inline void with_decoder(thread const QuantizedMatrix& matrix, thread const Visit& visit) {{
+METAL_FUNC void with_decoder(thread const QuantizedMatrix& matrix, thread const Visit& visit) {{
   switch (matrix.format * 64 + matrix.bits) {{
 {cases}
   }}

@@ -22,6 +22,11 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest error of an output row over the norm of that row: a few roundings of the dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
+# The same of layers with quantised weights. 16 bits: one spacing of the type, to which weights (matrix families), what
+# stands between the products and the result are rounded. fp32: affine elements are read as 1 + code / 2^bits, and the
+# sum of the ones is taken off again, which leaves the roundings of the larger sum.
+ROUNDING = {torch.float32: 5e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
 FAMILIES = ["moe_decode", "moe_prefill4", "moe_base", "moe_large_batch", "moe_simd"]
 
 # (dtype, use_fp32_acc): fp16 is the one dtype with accumulation of its own width.
@@ -220,11 +225,11 @@ def assert_close(out: torch.Tensor, expected: np.ndarray, about: object = "", to
     )
 
 
-def check(layer: Layer, **overrides: Any) -> torch.Tensor:
+def check(layer: Layer, tolerance: float | None = None, **overrides: Any) -> torch.Tensor:
     """Runs the layer and compares it with the reference."""
     out = layer.run(**overrides)
     assert out.dtype == layer.hidden_states.dtype
-    assert_close(out, layer.reference(), f"{layer} {overrides}")
+    assert_close(out, layer.reference(), f"{layer} {overrides}", tolerance)
     return out
 
 

@@ -13,7 +13,45 @@ from pathlib import Path
 import metal_moe
 import pytest
 import torch
-from cases import DTYPES, FAMILIES, assert_close, check, make_layer
+from cases import DTYPES, FAMILIES, ROUNDING, Layer, assert_close, check, make_layer
+from metal_moe import QuantizedExperts
+from test_formats_trellis import exl3_linear
+
+QUANTIZED = [
+    *({"format": "affine", "bits": bits, "group_size": 32} for bits in (3, 4, 8)),
+    *({"format": name} for name in ("mxfp4", "mxfp8", "nvfp4", "dense", "trellis")),
+]
+
+
+def quantized_layer(settings: dict, tokens: int, dtype: torch.dtype, small: bool) -> tuple[Layer, tuple]:
+    """A layer, and its weights as they are stored."""
+    # nvfp4 has blocks of 16 columns: rows that end within a run of 32.
+    hidden, intermediate = (48, 80) if settings["format"] == "nvfp4" else (64, 32) if small else (160, 96)
+    if settings["format"] == "trellis":  # whose search takes long where every thread is a fiber
+        hidden, intermediate = 128, 128
+        sides = [
+            QuantizedExperts.from_exl3([exl3_linear(128, 128, 3, seed=3 * e + side) for e in range(3)])
+            for side in range(3)
+        ]
+        weights = QuantizedExperts({"gate": sides[0].parts["weight"], "up": sides[1].parts["weight"]}), sides[2]
+    layer = make_layer(tokens, hidden, intermediate, 3, 2, dtype, bias=True)
+    if settings["format"] != "trellis":
+        weights = tuple(QuantizedExperts.quantize(w, **settings) for w in (layer.w1, layer.w2))
+    return layer, weights
+
+
+def run_quantized(settings: dict, dtype: torch.dtype, small: bool) -> bytes:
+    """Against the reference; the results."""
+    results = []
+    for family, tokens in (("moe_decode", 1), ("moe_prefill4", 3), ("moe_large_batch", 9)):
+        layer, weights = quantized_layer(settings, tokens, dtype, small)
+        layer.w1, layer.w2 = (w.dequantize(torch.float64) for w in weights)
+        expected = layer.reference()
+        layer.w1, layer.w2 = weights
+        out = layer.run(kernel=family)
+        assert_close(out, expected, f"{settings} {family}", ROUNDING[dtype])
+        results.append(out.view(torch.uint8).numpy().tobytes())
+    return b"".join(results)
 
 
 def run_layers() -> dict:
@@ -29,6 +67,8 @@ def run_layers() -> dict:
                 out = layer.run(kernel=family)
                 assert_close(out, expected, f"{layer} {family}")
                 digest.update(out.view(torch.uint8).numpy().tobytes())
+        for settings in QUANTIZED:
+            digest.update(run_quantized(settings, DTYPES[dtype], small))
     layer = make_layer(5, 65, 33, 4, 2, torch.float16, use_fp32_acc=False)
     digest.update(check(layer).view(torch.uint8).numpy().tobytes())
     return {

@@ -6,7 +6,7 @@ import metal_moe
 import pytest
 import reference
 import torch
-from cases import DTYPES, ENGINES, FAMILIES, Layer, assert_close, dispatches, make_layer
+from cases import ACTIVATIONS, DTYPES, ENGINES, FAMILIES, ROUNDING, Layer, assert_close, dispatches, make_layer
 from metal_moe import QuantizedExperts
 from test_formats_trellis import exl3_linear
 
@@ -18,11 +18,6 @@ TOKENS = {"moe_decode": 1, "moe_prefill4": 7, "moe_base": 9, "moe_large_batch": 
 # hidden, intermediate, bits: no multiples of a stage or of what a simdgroup takes at a time, some beyond it.
 SIZES = {"native": [(32, 32, 4), (96, 32, 3), (160, 96, 5), (1056, 64, 4), (64, 1088, 6)]}
 SIZES["exact"] = SIZES["cuda"] = [(32, 32, 4), (96, 32, 3), (1056, 32, 4), (32, 1056, 6)]
-
-# Largest error of an output row over the norm of that row. 16 bits: one spacing of the type, to which weights (matrix
-# families), what stands between the products and the result are rounded. fp32: affine elements are read as 1 + code /
-# 2^bits, and the sum of the ones is taken off again, which leaves the roundings of the larger sum.
-ROUNDING = {torch.float32: 5e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
 def name_of(settings: dict) -> str:
@@ -58,13 +53,60 @@ def test_every_format_in_every_family(use_engine, engine, family, settings):
     use_engine(engine)
     # The exact engine takes a thousand times as long.
     for dtype in [torch.float32] if engine == "exact" else DTYPES.values():
-        hidden = 128 if engine == "exact" else 256
+        hidden = 256 if engine != "exact" or settings.get("group_size") == 128 else 128
         layer = make_layer(TOKENS[family], hidden, 128, 3, 2, dtype)
         check(layer, quantized(layer.w1, **settings), quantized(layer.w2, **settings), kernel=family)
         ran = metal_moe.last_dispatch()
         kernels = [kernel for kernel in ran["kernels"] if kernel.startswith(("gate_up", "down"))]
         assert len(kernels) == 2 and all("_quantized_" in kernel for kernel in kernels)
         assert ran["family"] == family + "_fp32acc"
+
+
+def model(layer: Layer, w1: torch.Tensor, w2: torch.Tensor, rounds_weights: bool) -> torch.Tensor:
+    """float64, but what docs/formats.md says is rounded to the activations' type: weights as the matrix families stage
+    them, and what stands between the products. Not the result."""
+    dtype = layer.hidden_states.dtype
+    if rounds_weights:
+        w1, w2 = w1.to(dtype).double(), w2.to(dtype).double()
+    out = torch.zeros(layer.hidden_states.shape, dtype=torch.float64)
+    for token, slot in itertools.product(*map(range, layer.topk_ids.shape)):
+        expert = layer.topk_ids[token, slot]
+        rows = w1[expert] @ layer.hidden_states[token].double() + layer.options["w1_bias"][expert].double()
+        gate, up = rows.chunk(2)
+        h = (gate * torch.sigmoid(gate) * up).to(dtype).double()
+        out[token] += layer.topk_weights[token, slot].double() * (
+            w2[expert] @ h + layer.options["w2_bias"][expert].double()
+        )
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", FORMATS[::3], ids=name_of)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_what_is_rounded(family, settings, dtype):
+    """16-bit results are no further from the model than one rounding of them: sums are fp32, and nothing else is
+    rounded."""
+    layer = make_layer(TOKENS[family], 256, 128, 3, 2, DTYPES[dtype], bias=True)
+    w1, w2 = quantized(layer.w1, **settings), quantized(layer.w2, **settings)
+    expected = model(
+        layer, *(w.dequantize(torch.float64) for w in (w1, w2)), family not in ("moe_decode", "moe_prefill4")
+    )
+    out = Layer(layer.hidden_states, w1, w2, layer.topk_weights, layer.topk_ids, layer.options).run(kernel=family)
+    error, rounding = ((each.cpu().double() - expected).norm() for each in (out, expected.to(DTYPES[dtype])))
+    assert error <= 1.25 * rounding
+
+
+# native has no use for tiles of 64 rows.
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "native"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+@pytest.mark.parametrize("settings", [AFFINE[9], {"bits": 3, "group_size": 32}, {"format": "nvfp4"}], ids=name_of)
+def test_row_tiles_of_64(use_engine, engine, settings, activation, dtype):
+    use_engine(engine)
+    options = {"activation": activation, "bias": True, "routing": "dropped"}
+    layer = make_layer(110, 96, 128, 2, 2, DTYPES[dtype], **options)
+    check(layer, quantized(layer.w1, **settings), quantized(layer.w2, **settings), kernel="moe_large_batch")
+    assert metal_moe.last_dispatch()["row_tile"] >= 32
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -116,12 +158,13 @@ def test_gate_6_up_2_down_3_but_for_expert_7(use_engine, engine, family):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("activation", ["silu", "relu2", "swiglu_clamp"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_interleaving_and_dropped_ids(use_engine, engine, family, activation):
     use_engine(engine)
     for interleaved, routing in itertools.product({False, activation != "relu2"}, ("dropped", "none", "few")):
         options = {"activation": activation, "interleaved": interleaved, "routing": routing, "bias": True}
-        layer = make_layer(TOKENS[family], 64, 96, 4, 3, torch.bfloat16, **options)
+        dtype = torch.float32 if routing == "few" else torch.bfloat16
+        layer = make_layer(TOKENS[family], 64, 96, 4, 3, dtype, **options)
         w1 = quantized(layer.w1, format="mxfp4")
         check(layer, w1, quantized(layer.w2, format="affine", group_size=32), kernel=family)
 
@@ -234,6 +277,26 @@ def test_shared_experts_beside_trellis(use_engine, engine, tokens):
         check(layer, w1, w2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 6])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["routed", "shared"])
+def test_options_reach_shared_experts_beside_trellis(kind, activation, tokens, dtype):
+    options = {"activation": activation, "bias": True, "interleaved": activation == "swiglu_clamp" and kind == "shared"}
+    if activation == "swiglu_clamp":
+        options |= {"alpha": 1.3, "limit": 0.8}
+    layer = make_layer(tokens, 128, 128, 3, 2, DTYPES[dtype], shared=1, shared_weights=True, **options)
+    w1, w2 = layer.w1, layer.w2
+    if kind == "routed":
+        w1 = quantized(
+            {"gate": w1[:, :128], "up": w1[:, 128:]} if activation != "relu2" else w1, format="trellis", bits=8
+        )
+        w2 = quantized(w2, format="trellis", bits=8)
+    else:
+        layer.options["shared_w2"] = quantized(layer.options["shared_w2"], format="trellis", bits=8)
+    check(layer, w1, w2)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_experts_among_quantised_ones(use_engine, engine, family):
@@ -297,26 +360,49 @@ def test_nvfp4_in_blocks_of_16(use_engine, engine, family):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", ["float32", "float16", "bfloat16"])
-def test_scale_types(use_engine, engine, scale):
+def test_scale_types(use_engine, engine, scale, dtype):
     use_engine(engine)
     for family, tokens in TOKENS.items():
-        layer = make_layer(tokens, 64, 64, 4, 2, torch.float32)
-        options = {"bits": 4, "group_size": 32, "scale_dtype": getattr(torch, scale)}
-        check(layer, quantized(layer.w1, **options), quantized(layer.w2, **options), kernel=family)
+        for bits, group in ((4, 32), (4, 128), (3, 64)):
+            # Several groups of a row, of 32 columns an odd number.
+            layer = make_layer(tokens, 416 if group == 32 else 384, 128, 3, 2, DTYPES[dtype], bias=True)
+            options = {"bits": bits, "group_size": group, "scale_dtype": getattr(torch, scale)}
+            check(layer, quantized(layer.w1, **options), quantized(layer.w2, **options), kernel=family)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", [{"bits": 4, "group_size": 32}, {"format": "dense"}], ids=name_of)
+def test_types_that_differ_by_expert_alone(use_engine, engine, family, settings):
+    """Of scales, or of dense weights: no kernel is compiled for one of them."""
+    use_engine(engine)
+    layer = make_layer(TOKENS[family], 128, 64, 3, 2, torch.float32)
+
+    def mixed(w: torch.Tensor) -> QuantizedExperts:
+        types = (torch.float32, torch.float16, torch.bfloat16)
+        each = [quantized(w[e : e + 1].to(dtype), **settings) for e, dtype in enumerate(types)]
+        return QuantizedExperts.cat(each)
+
+    check(layer, mixed(layer.w1), mixed(layer.w2), kernel=family)
+    assert metal_moe.last_dispatch()["specialization"] == ""
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_extreme_scales(use_engine, engine):
-    """e8m0 to the ends of fp32, and its NaN, which stays in its row."""
+    """e8m0 nearly to the ends of fp32, where weights are not normal numbers, and its NaN, which stays in its row."""
     use_engine(engine)
-    blocks = torch.randint(0, 256, (2, 64, 2, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    for code in (20, 127, 230):
+    generator = torch.Generator().manual_seed(1)
+    blocks = torch.randint(0, 256, (2, 64, 2, 16), generator=generator, dtype=torch.uint8)
+    for code, size in ((0, 2.0**20), (1, 2.0**20), (20, 1.0), (127, 1.0), (230, 1.0), (252, 2.0**-20)):
         scales = torch.full((2, 64, 2), code, dtype=torch.uint8)
         w2 = QuantizedExperts.from_mxfp4(blocks, scales)
         for family, tokens in TOKENS.items():
             layer = make_layer(tokens, 64, 64, 2, 1, torch.float32)
+            layer.w1 *= size
             check(layer, layer.w1, w2, kernel=family)
+    scales = torch.full((2, 64, 2), 127, dtype=torch.uint8)
     scales[:, 5, 1] = 255
     layer = make_layer(1, 64, 64, 2, 1, torch.float32)
     w2 = QuantizedExperts.from_mxfp4(blocks, scales)

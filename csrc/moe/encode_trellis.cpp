@@ -11,6 +11,7 @@ namespace metal_moe {
 namespace {
 
 constexpr uint32_t MIN_HALF_BITS = 2, MAX_HALF_BITS = 16;
+constexpr int64_t TRELLIS_TILE_WEIGHTS = TRELLIS_TILE * TRELLIS_TILE, TRELLIS_STATES = 1 << 16;
 
 /// Costs that are kept for all threadgroups of a search. A GPU of 132 cores with two threadgroups of 512 threads each
 /// wants this much at 4 bits; at fewer bits it has less to run side by side.
@@ -19,6 +20,24 @@ constexpr size_t VITERBI_HISTORY_BYTES = size_t(1) << 30;
 void check_rate(const char* op, uint32_t half_bits) {
   if (half_bits < MIN_HALF_BITS || half_bits > MAX_HALF_BITS)
     throw std::invalid_argument(std::string(op) + ": half_bits is " + std::to_string(half_bits) + ": must be 2 to 16");
+}
+
+/// Kernels believe what they are given: std::invalid_argument where a tensor is not of `item_size` bytes an element and
+/// of `shape`, -1 being any size.
+void check_tensor(const std::string& name, const TensorView& tensor, uint32_t item_size,
+                  std::initializer_list<int64_t> shape) {
+  bool fits = tensor.item_size == item_size && tensor.rank == shape.size();
+  for (uint32_t d = 0; fits && d < tensor.rank; ++d)
+    fits = shape.begin()[d] == -1 || shape.begin()[d] == tensor.shape[d];
+  if (fits)
+    return;
+  std::string is, must;
+  for (uint32_t d = 0; d < tensor.rank; ++d)
+    is += (d ? ", " : "") + std::to_string(tensor.shape[d]);
+  for (const int64_t size : shape)
+    must += (must.empty() ? "" : ", ") + (size == -1 ? "any" : std::to_string(size));
+  throw std::invalid_argument(name + " is [" + is + "] of " + std::to_string(tensor.item_size) +
+                              " bytes an element: must be [" + must + "] of " + std::to_string(item_size));
 }
 
 } // namespace
@@ -32,6 +51,11 @@ void encode_dequantize_trellis(CommandStream& stream, MoeEngine& engine, const T
   args.columns = size_argument("columns of out", out.shape[2]);
   if (matrices == 0 || args.rows == 0 || args.columns == 0)
     return;
+  check_tensor("dequantize_trellis: out", out, sizeof(float), {-1, out.shape[1], out.shape[2]});
+  check_tensor("dequantize_trellis: suh", suh, sizeof(uint16_t), {out.shape[0], out.shape[2]});
+  check_tensor("dequantize_trellis: svh", svh, sizeof(uint16_t), {out.shape[0], out.shape[1]});
+  check_tensor("dequantize_trellis: codes", codes, sizeof(uint32_t),
+               {out.shape[0], out.shape[2] / int64_t(TRELLIS_TILE), -1});
   args.half_bits = half_bits;
   args.codebook = codebook;
   args.codes_stride = stride_argument("words from a matrix of codes to the next", codes, 0);
@@ -58,6 +82,9 @@ void encode_viterbi(CommandStream& stream, MoeEngine& engine, const TensorView& 
   const ViterbiArgs args{size_argument("tiles of values", values.shape[0]), half_bits};
   if (args.tiles == 0)
     return;
+  check_tensor("viterbi: values", values, sizeof(float), {-1, TRELLIS_TILE_WEIGHTS});
+  check_tensor("viterbi: table", table, sizeof(float), {TRELLIS_STATES});
+  check_tensor("viterbi: states", states, sizeof(uint32_t), {values.shape[0], TRELLIS_TILE_WEIGHTS});
   const Pipeline& pipeline = engine.pipeline(VITERBI_KERNEL);
   const size_t bytes = size_t(viterbi_history(half_bits)) * sizeof(float);
   const size_t side_by_side =

@@ -4,9 +4,10 @@
 #include "dense_run.h"
 #include "mxfp4.h"
 
-/// visit.run<Decoder>() with the decoder of `matrix`. Uniform in a simdgroup, outside of its inner loops.
+/// visit.run<Decoder>() with the decoder of `matrix`. Uniform in a simdgroup, outside of its inner loops. Inlined
+/// always: a kernel that is compiled for one format must not keep the decoders of the others.
 template <typename Visit>
-inline void with_decoder(thread const QuantizedMatrix& matrix, thread const Visit& visit) {
+METAL_FUNC void with_decoder(thread const QuantizedMatrix& matrix, thread const Visit& visit) {
   switch (matrix.format * 64 + matrix.bits) {
   case AffineRun<2>::FORMAT * 64 + AffineRun<2>::BITS:
     return visit.template run<AffineRun<2>>();

@@ -1,11 +1,16 @@
-// Elements of a row beyond its last whole run: dense weights have any number of columns, nvfp4 any number of blocks of
-// 16. All other formats have whole runs alone.
+// Elements of a row beyond its last whole run.
 #pragma once
 #include "mxfp4.h"
 
+/// What a format's number of columns is a multiple of: dense weights have any number of them, nvfp4 any number of
+/// blocks of 16. All other formats have whole runs alone.
+constexpr uint row_unit(uint format) {
+  return format == FORMAT_DENSE ? 1 : format == FORMAT_NVFP4 ? RUN_ELEMENTS / 2 : RUN_ELEMENTS;
+}
+
 /// Whether K elements of a row of `matrix` are more than whole runs.
 inline bool has_tail(thread const QuantizedMatrix& matrix, uint K) {
-  return (matrix.format == FORMAT_DENSE || matrix.format == FORMAT_NVFP4) && K % RUN_ELEMENTS != 0;
+  return row_unit(matrix.format) != RUN_ELEMENTS && K % RUN_ELEMENTS != 0;
 }
 
 /// Element k of a row, one beyond its last whole run.

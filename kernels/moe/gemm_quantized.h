@@ -4,11 +4,10 @@
 #include "../formats/tail.h"
 #include "gemm.h"
 
-/// Whether rows of K elements, which begin at multiples of 16 bytes, are whole vectors: only beside dense weights they
-/// may not be.
+/// Whether rows of K elements, which begin at multiples of 16 bytes, are whole vectors: those of the format may tell.
 template <typename T>
 inline bool whole_vectors(uint K) {
-  return (FIRST_MATRIX && code_format(FIRST_MATRIX) != FORMAT_DENSE) || K % Vector16<T>::COUNT == 0;
+  return (FIRST_MATRIX && row_unit(code_format(FIRST_MATRIX)) % Vector16<T>::COUNT == 0) || K % Vector16<T>::COUNT == 0;
 }
 
 /// A run of any format, between its load and its decoding.
@@ -20,6 +19,7 @@ struct PackedRun {
 
 template <typename Run>
 inline void pack_run(thread const QuantizedMatrix& matrix, uint row, uint index, thread PackedRun& to, Run read) {
+  static_assert(Run::WORDS <= RUN_MAX_WORDS, "a run waits in registers");
   read.load(matrix, row, index);
   UNROLL
   for (uint i = 0; i < Run::WORDS; ++i)

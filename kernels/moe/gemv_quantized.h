@@ -21,7 +21,7 @@ constexpr constant uint SIMDGROUP_RUN_ELEMENTS = SIMD_WIDTH * RUN_ELEMENTS;
 /// Runs `block` over `count` rows. On a GPU one row, or GEMV_ROWS of which some may not be there: every number of rows
 /// would be another copy of every decoder.
 template <uint MAX_ROWS, typename Block>
-inline void for_quantized_row_runs(thread const Block& block, uint column, uint count) {
+METAL_FUNC void for_quantized_row_runs(thread const Block& block, uint column, uint count) {
   if (SIMD_WIDTH == 1) {
     for_row_runs<MAX_ROWS>(block, column, count);
     return;
@@ -129,8 +129,8 @@ private:
 };
 
 template <uint R, uint C, typename T>
-inline void dot_quantized(thread const QuantizedRows<R>& w, thread const Rows<T, C>& x, uint begin, uint end, uint lane,
-                          thread float (&sum)[R][C]) {
+METAL_FUNC void dot_quantized(thread const QuantizedRows<R>& w, thread const Rows<T, C>& x, uint begin, uint end,
+                              uint lane, thread float (&sum)[R][C]) {
   const QuantizedDot<R, C, T> dot{w, x, begin, end, lane, sum};
   with_decoder(w.matrix, dot);
 }
@@ -155,8 +155,8 @@ inline void add_tail(thread const QuantizedRows<R>& w, thread const Rows<T, C>& 
 /// dot_quantized with all of K and rows first, first + 1, ... of `rows`; beyond the last of `count` it again (what they
 /// give is not stored).
 template <typename T, uint R, uint C, typename Source>
-inline void dot_quantized_block(thread const QuantizedRows<R>& w, thread const Source& rows, uint first, uint count,
-                                uint K, uint lane, thread float (&sum)[R][C]) {
+METAL_FUNC void dot_quantized_block(thread const QuantizedRows<R>& w, thread const Source& rows, uint first, uint count,
+                                    uint K, uint lane, thread float (&sum)[R][C]) {
   Rows<T, C> x;
   UNROLL
   for (uint c = 0; c < C; ++c)

@@ -24,6 +24,7 @@ from .formats.quantized_experts import KernelForm
 
 # Formats that the kernels decode (kernels/formats/decoders.h), in any mix with each other and with dense weights.
 KERNEL_FORMATS = tuple(sorted(name for name, known in Format.registry.items() if known.IN_KERNELS))
+KERNEL_GROUPS = (16, 32, 64, 128)
 for _known in Format.registry.values():
     _core.name_format(_known.NUMBER, _known.NAME)
 # Weights of rotated activations: kernels of their own (kernels/moe/rotate.metal), for all experts of w1 or of w2.
@@ -237,6 +238,9 @@ def _check_formats(op: str, name: str, part: Part, trellis: bool) -> None:
         if trellis and settings.format != TRELLIS:
             must = f"trellis, as others of {name} are: with those its experts, gate and up share no kernel"
             wrong_value(op, name, f"{settings.format} (expert {expert})", must)
+        if not trellis and settings.format in KERNEL_FORMATS and settings.group_size not in KERNEL_GROUPS:
+            must = f"in groups that kernels know: {', '.join(map(str, KERNEL_GROUPS))}"
+            wrong_value(op, name, f"in groups of {settings.group_size} columns (expert {expert})", must)
         if not trellis and settings.format not in KERNEL_FORMATS:
             must = f"of a format that kernels decode with the others: {', '.join(KERNEL_FORMATS)}"
             wrong_value(op, name, f"{settings.format} (expert {expert})", must)

@@ -81,11 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, progress: Progress) -> dict:
-    if options.calibration and options.format != "trellis":
+    known = Format.registry[options.format]
+    if options.calibration and "hessian" not in known.ENCODE_OPTIONS:
         raise ValueError(f"--calibration is given; {options.format} makes no use of it")
-    for given, name, of in ((options.codebook, "codebook", "trellis"), (options.scale_dtype, "scale-dtype", "affine")):
-        if given and options.format != of:
-            raise ValueError(f"--{name} is given; {options.format} has none")
+    for given, name in ((options.codebook, "codebook"), (options.scale_dtype, "scale_dtype")):
+        if given and name not in known.SETTINGS_OPTIONS:
+            raise ValueError(f"--{name.replace('_', '-')} is given; {options.format} has none")
     device = torch.device(options.device)
     if device.type not in TILES or (device.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device is {options.device}; it must be cpu, or cuda where there is one")
@@ -340,6 +341,7 @@ def _quantize_experts(
 ) -> tuple[QuantizedExperts, QuantizedExperts, list[ProjectionErrors]]:
     """w1 and w2, and the errors of gate, up and down."""
     dense, count, trellis = task.dense, task.count, options.format == "trellis"
+    known = Format.registry[options.format]
     first = None if inputs is None else input_hessian(inputs)
     made: dict[str, QuantizedExperts] = {}
     errors: list[ProjectionErrors] = []
@@ -366,7 +368,7 @@ def _quantize_experts(
                     group_size=options.group_size,
                     hessian=hessian,
                     **({"codebook": options.codebook} if options.codebook else {}),
-                    **({"scale_dtype": task.scale_dtype} if options.format == "affine" else {}),
+                    **({"scale_dtype": task.scale_dtype} if "scale_dtype" in known.SETTINGS_OPTIONS else {}),
                     **({"seed": options.seed, "walks": _counted(bar, label)} if trellis else {}),
                 )
             if not trellis:

@@ -1,4 +1,4 @@
-"""Codes of 2 to 8 bits in a stream of bytes, least significant bit first."""
+"""Codes of 1 to 8 bits in a stream of bytes, least significant bit first."""
 
 from __future__ import annotations
 

@@ -141,6 +141,8 @@ class Format(ABC):
     def __init_subclass__(cls, **keywords: object) -> None:
         super().__init_subclass__(**keywords)
         if "NUMBER" in cls.__dict__:
+            if cls.NAME in Format.registry:
+                raise TypeError(f"{cls.__name__}: there is a format {cls.NAME} already")
             Format.registry[cls.NAME] = cls()
 
     @abstractmethod
@@ -178,7 +180,7 @@ class Format(ABC):
         """Changes a record to that of the rows start, start + step, ...; here for formats of independent rows."""
         record["codes"] += start * int(record["codes_stride"])
         record["scales"] += start * int(record["scales_stride"])
-        record["biases"] += start * int(record["scales_stride"]) if self.extents(settings, 1, 128)[2].rows else 0
+        record["biases"] += start * int(record["scales_stride"]) if self.extents(settings, 2, 128)[2].rows == 2 else 0
         record["codes_stride"] *= step
         record["scales_stride"] *= step
         record["rows"] = count

@@ -217,7 +217,7 @@ class QuantizedExperts:
 
         Args:
             w: float [E, rows, columns], or {"gate": ..., "up": ...}.
-            format: "affine", "mxfp4", "mxfp8", "nvfp4" or "trellis".
+            format: "affine", "mxfp4", "mxfp8", "nvfp4", "trellis" or "dense".
             bits: of a weight; one per expert where a sequence is given. {"gate": 6, "up": 2} takes a `w` of 2I rows
                 (gate, then up) apart. None: 4, or what the format has.
             group_size: affine: 32, 64 or 128. None: the format's own (affine: 64).
