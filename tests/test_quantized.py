@@ -6,7 +6,7 @@ import metal_moe
 import pytest
 import reference
 import torch
-from cases import ACTIVATIONS, DTYPES, ENGINES, FAMILIES, ROUNDING, Layer, assert_close, dispatches, make_layer
+from cases import ACTIVATIONS, DEVICE, DTYPES, ENGINES, FAMILIES, ROUNDING, Layer, assert_close, dispatches, make_layer
 from metal_moe import QuantizedExperts
 from test_formats_trellis import exl3_linear
 
@@ -51,8 +51,7 @@ def check(layer: Layer, w1, w2, **overrides) -> torch.Tensor:
 @pytest.mark.parametrize("settings", FORMATS, ids=name_of)
 def test_every_format_in_every_family(use_engine, engine, family, settings):
     use_engine(engine)
-    # The exact engine takes a thousand times as long.
-    for dtype in [torch.float32] if engine == "exact" else DTYPES.values():
+    for dtype in DTYPES.values():
         hidden = 256 if engine != "exact" or settings.get("group_size") == 128 else 128
         layer = make_layer(TOKENS[family], hidden, 128, 3, 2, dtype)
         check(layer, quantized(layer.w1, **settings), quantized(layer.w2, **settings), kernel=family)
@@ -88,12 +87,38 @@ def test_what_is_rounded(family, settings, dtype):
     rounded."""
     layer = make_layer(TOKENS[family], 256, 128, 3, 2, DTYPES[dtype], bias=True)
     w1, w2 = quantized(layer.w1, **settings), quantized(layer.w2, **settings)
-    expected = model(
-        layer, *(w.dequantize(torch.float64) for w in (w1, w2)), family not in ("moe_decode", "moe_prefill4")
-    )
+    # NVIDIA's tensor cores take codes of 4 bits as they are.
+    packed = DEVICE.type == "cuda" and w1.formats == {"affine"} and settings["bits"] == 4
+    rounds_weights = family not in ("moe_decode", "moe_prefill4") and not packed
+    expected = model(layer, *(w.dequantize(torch.float64) for w in (w1, w2)), rounds_weights)
     out = Layer(layer.hidden_states, w1, w2, layer.topk_weights, layer.topk_ids, layer.options).run(kernel=family)
     error, rounding = ((each.cpu().double() - expected).norm() for each in (out, expected.to(DTYPES[dtype])))
     assert error <= 1.25 * rounding
+
+
+def test_every_kernel_of_quantised_weights_runs(use_engine):
+    """None is listed that no layer takes: each is compared with the reference here, on the engine that has all."""
+    use_engine(ENGINES[-1])
+    names = {kernel["name"] for kernel in metal_moe.kernels()}
+    names = {name for name in names if any(word in name for word in ("_quantized_", "trellis", "rotate"))}
+    ran: set[str] = set()
+    for dtype, activation, (family, tokens) in itertools.product(
+        DTYPES.values(), ("silu", "relu2"), [*TOKENS.items(), ("moe_large_batch", 110)]
+    ):
+        layer = make_layer(tokens, 64, 64, 4, 2, dtype, activation=activation, bias=True)
+        check(layer, quantized(layer.w1, bits=5, group_size=32), quantized(layer.w2, format="mxfp8"), kernel=family)
+        ran |= set(metal_moe.last_dispatch()["kernels"])
+    trellis = [
+        QuantizedExperts.from_exl3([exl3_linear(128, 128, 2, seed=3 * side + e) for e in range(2)]) for side in range(3)
+    ]
+    w1 = QuantizedExperts({"gate": trellis[0].parts["weight"], "up": trellis[1].parts["weight"]})
+    for (family, tokens), where in itertools.product(
+        [*TOKENS.items(), ("moe_large_batch", 70)], (("w1", "w2"), ("w1",), ("w2",))
+    ):
+        layer = make_layer(tokens, 128, 128, 2, 2, torch.float32)
+        check(layer, w1 if "w1" in where else layer.w1, trellis[2] if "w2" in where else layer.w2, kernel=family)
+        ran |= set(metal_moe.last_dispatch()["kernels"])
+    assert names - ran == {"dequantize_trellis"}
 
 
 # native has no use for tiles of 64 rows.

@@ -164,8 +164,8 @@ def mixed_layer() -> tuple[tuple, dict]:
     return routed, {"shared_w1": weights(1, 64, 64, seed=1), "shared_w2": weights(1, 64, 32, seed=2)}
 
 
-def test_torch_compile_of_dense_experts_beside_quantised_ones():
-    pytest.importorskip("torch._dynamo")
+def test_torch_compile_of_dense_experts_beside_quantised_ones(use_engine):
+    use_engine("native")  # as the compiled graph, whose tensors are the CPU's
     routed, shared = mixed_layer()
     x = weights(5, 64)
     compiled = torch.compile(

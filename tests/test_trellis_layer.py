@@ -164,8 +164,10 @@ def test_sizes_that_were_rounded_up(tokens, engine, use_engine):
     check(*layer(200, 180, MIXES["6_2_3"], tokens, torch.float32))
 
 
+@pytest.mark.parametrize("engine", cases.ENGINES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_and_biases(activation):
+def test_activations_and_biases(activation, engine, use_engine):
+    use_engine(engine)
     gated = activation != "relu2"
     values = layer(128, 72, MIXES["6_2_3"], 3, torch.float32, gated=gated)
     generator = torch.Generator().manual_seed(5)

@@ -259,4 +259,7 @@ def _bias(what: str, bias: Tensor, size: int) -> Tensor:
     checks.tensor(what, "bias", bias, (torch.float16, torch.bfloat16, torch.float32), (None,))
     if bias.shape[0] > size:
         raise ValueError(f"{what}.bias has {bias.shape[0]} entries; it must have at most {size}")
-    return torch.nn.functional.pad(bias.to(torch.float16), (0, size - bias.shape[0]))
+    half = bias.to(torch.float16)
+    if not torch.isfinite(half).all():
+        raise ValueError(f"{what}.bias has values that are not finite in float16, as exllamav3 takes it")
+    return torch.nn.functional.pad(half, (0, size - half.shape[0]))
