@@ -33,6 +33,8 @@ class OutputFolder:
 
     def _go_on(self) -> None:
         state = read_json(self.unfinished / STATE, MAX_INDEX_BYTES)
+        if not isinstance(state.get("options"), dict) or not isinstance(state.get("steps"), list):
+            raise ValueError(f"--output: {self.unfinished / STATE} is not what an unfinished run leaves")
         for name in sorted({*self._options, *state["options"]}):
             was, given = state["options"].get(name), self._options.get(name)
             if was != given:

@@ -19,7 +19,7 @@ def mlx_quantization(config: dict, module: str) -> dict:
     own = whole.get(module)
     chosen = own if isinstance(own, dict) else whole
     mode = chosen.get("mode") or "affine"
-    if mode not in DEFAULTS:
+    if not isinstance(mode, str) or mode not in DEFAULTS:
         raise ValueError(
             f"config.json: quantization of {module}: mode is {mode!r}; it must be one of {', '.join(DEFAULTS)}"
         )
