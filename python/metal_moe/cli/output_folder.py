@@ -56,10 +56,10 @@ class OutputFolder:
 
     def finish(self) -> None:
         """Gives the folder its name."""
-        (self.unfinished / STATE).unlink()
         if self.path.exists():
             self.path.rmdir()
         os.replace(self.unfinished, self.path)
+        (self.path / STATE).unlink()
 
     def discard_if_empty(self) -> None:
         """Removes the folder of a run that failed before its first step was done."""

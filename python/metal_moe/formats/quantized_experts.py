@@ -479,22 +479,20 @@ def _check_matrix(settings: Settings, rows: int, columns: int) -> None:
 
 def _check_encoded(op: str, experts: list[int], weights: Tensor, stack: Stack) -> None:
     """ValueError where scales are beyond what their type holds: weights would be NaN, or all zero."""
-    finite = format_named(stack.settings.format).is_finite(stack)
-    dtype = SCALE_DTYPES.get(stack.settings.scale_type)
-    scales = stack.scales if dtype is None or not stack.scales.numel() else as_type(stack.scales, dtype)
-    can_be_zero = scales.numel() > 0 and stack.settings.scale_type != "e8m0"
-    for place, expert in enumerate(experts):
+    settings = stack.settings
+    dtype = SCALE_DTYPES.get(settings.scale_type)
+    infinite = ~format_named(settings.format).is_finite(stack)
+    zero = torch.zeros_like(infinite)
+    if stack.scales.numel() and settings.scale_type != "e8m0":  # which has no 0
+        scales = stack.scales if dtype is None else as_type(stack.scales, dtype)
+        zero = ~(scales != 0).flatten(1).any(1) & (weights != 0).flatten(1).any(1)
+    for place in (infinite | zero).nonzero().flatten().tolist():
+        what, how = ("large", "scales or weights are not finite") if infinite[place] else ("small", "all scales are 0")
         largest = float(weights[place].abs().max())
-        if not finite[place]:
-            raise ValueError(
-                f"{op}: expert {expert} of w has values up to {largest:.3g}, too large for {stack.settings}: scales or "
-                f"weights are not finite in {stack.settings.scale_type}"
-            )
-        if can_be_zero and largest > 0 and not (scales[place] != 0).any():
-            raise ValueError(
-                f"{op}: expert {expert} of w has values up to {largest:.3g}, too small for {stack.settings}: all "
-                f"scales are 0 in {stack.settings.scale_type}"
-            )
+        raise ValueError(
+            f"{op}: expert {experts[place]} of w has values up to {largest:.3g}, too {what} for {settings}: {how} in "
+            f"{settings.scale_type}"
+        )
 
 
 def _check_hessian(op: str, hessian: Tensor, experts: int, columns: int) -> None:
