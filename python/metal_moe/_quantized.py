@@ -17,6 +17,7 @@ from . import _core
 from ._operator import engine_of, operator, refuse_gradient
 from ._validate import QuantizedShape, check_shared, check_weights, wrong_type, wrong_value
 from .formats import QuantizedExperts
+from .formats.checks import within
 from .formats.dense import dense_buffers
 from .formats.layout import ALIGNMENT, Format
 from .formats.part import Part
@@ -199,11 +200,8 @@ def _make_form(weights: QuantizedExperts, op: str, name: str, pair: bool, interl
         wrong_value(op, name, f"of parts that were replaced by those of {tuple(now)}", tuple(weights.shape))
     if pair and weights.shape[1] % 2:
         wrong_value(op, name, f"of shape {tuple(weights.shape)}", "of an even number of rows, gate and up")
-    try:
-        with unset_fake_temporarily():  # what is made is kept
-            of_weights = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
-    except ValueError as error:
-        raise ValueError(f"{op}: {name}: {error}") from None
+    with within(f"{op}: {name}"), unset_fake_temporarily():  # what is made is kept
+        of_weights = weights.gate_up(interleaved) if pair else (weights.parts["weight"],)
     for part in of_weights:
         _check_formats(op, name, part, trellis)
     buffers = [tensor for part in of_weights for tensor in (part.codes, part.scales, part.biases, part.table)]

@@ -26,7 +26,7 @@ def tensor(op: str, name: str, value: object, dtypes: tuple[torch.dtype, ...], s
 
 @contextmanager
 def within(where: str) -> Iterator[None]:
-    """What is wrong with a checkpoint, as a ValueError that begins with `where`, if it does not begin so already."""
+    """What is wrong with a value, as a ValueError that begins with `where`, if it does not begin so already."""
     try:
         yield
     except (ValueError, TypeError, OverflowError) as error:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import within
 from .layout import (
     ALIGNMENT,
     CODEBOOKS,
@@ -173,7 +174,7 @@ def _check_records(part: Part, what: str) -> None:
                 f"{where}: the matrix is [{rows}, {columns}], that of expert 0 "
                 f"[{first['rows']}, {first['columns']}]; they must be equal"
             )
-        try:
+        with within(where):
             settings = Settings(
                 known.NAME,
                 int(record["half_bits"]) / 2,
@@ -182,8 +183,6 @@ def _check_records(part: Part, what: str) -> None:
                 CODEBOOKS[record["codebook"]],
             )
             known.check(settings, rows, columns)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
         extents = known.extents(settings, rows, columns)
         strides = (int(record["codes_stride"]), int(record["scales_stride"]), int(record["scales_stride"]))
         element = SCALE_DTYPES[settings.scale_type].itemsize if settings.scale_type in SCALE_DTYPES else 1

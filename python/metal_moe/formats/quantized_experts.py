@@ -230,10 +230,8 @@ class QuantizedExperts:
                 `trellis_quantizer.search`.
         """
         op = "QuantizedExperts.quantize"
-        try:
+        with checks.within(op):
             known = format_named(format)
-        except ValueError as error:
-            raise ValueError(f"{op}: {error}") from None
         for option in (*options, *(("hessian",) if hessian is not None else ())):
             if option not in known.SETTINGS_OPTIONS + known.ENCODE_OPTIONS:
                 raise TypeError(f"{op}: {option} is given; {format} has no such option")
@@ -448,10 +446,8 @@ class QuantizedExperts:
         """Reads what `save` wrote. CPU tensors map the file: pages are read when they are used."""
         with open_safetensors(path) as file:
             state = {name: file.get(name) for name in file.names() if name.startswith(prefix)}
-        try:
+        with checks.within(os.fspath(path)):
             return cls.from_state_dict(state, prefix)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from None
 
     def __repr__(self) -> str:
         kinds = []
@@ -465,10 +461,8 @@ class QuantizedExperts:
 
 
 def _check(op: str, settings: Settings, rows: int, columns: int) -> None:
-    try:
+    with checks.within(op):
         _check_matrix(settings, rows, columns)
-    except ValueError as error:
-        raise ValueError(f"{op}: {error}") from None
 
 
 def _check_matrix(settings: Settings, rows: int, columns: int) -> None:

@@ -205,10 +205,8 @@ def linear_settings(what: str, tensors: Mapping[str, Tensor]) -> Settings:
             raise ValueError(
                 f"{what}.trellis has shape {tuple(trellis.shape)}; the {name} size must be a multiple of 8"
             )
-    try:
+    with checks.within(f"{what}.trellis has shape {tuple(trellis.shape)}"):
         Trellis().check(settings, 1, 1)
-    except ValueError as error:
-        raise ValueError(f"{what}.trellis has shape {tuple(trellis.shape)}: {error}") from None
     return settings
 
 
